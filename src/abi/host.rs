@@ -1,0 +1,39 @@
+//! Process-wide settings of the host: the allocator's thresholds and how a process ends.
+
+/// Lets glibc keep freed memory instead of giving it back after every large tensor.
+///
+/// By default every tensor above 128 KiB (later up to 32 MiB) is a fresh mapping: zeroed by the kernel on first touch and
+/// unmapped on free. A training step allocates the same sizes again and again; with these settings it reuses them.
+pub fn keep_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt only sets two integers; it is called before other threads exist.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
+    }
+}
+
+/// Gives freed memory back to the system, for the moment after a phase that needed much more than the next one.
+pub fn release_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim has no preconditions.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// Largest resident set of this process so far, in bytes.
+pub fn peak_resident_bytes() -> u64 {
+    // SAFETY: rusage is plain old data and is filled by the call.
+    unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
+        usage.ru_maxrss as u64 * 1024
+    }
+}
+
+/// Whether standard error is a terminal.
+pub fn stderr_is_terminal() -> bool {
+    use std::io::IsTerminal;
+    std::io::stderr().is_terminal()
+}

@@ -1,0 +1,16 @@
+//! The only room with `unsafe`: libtorch's C ABI, tensor memory as slices, raw MPI, and process-wide host settings.
+//!
+//! Everything that leaves this room is safe to call. It must not know what the tensors mean.
+
+pub mod dispatcher;
+pub mod host;
+#[cfg(feature = "mpi")]
+pub mod mpi;
+pub mod parallel;
+pub mod slices;
+pub mod storage;
+
+/// First line of a libtorch error; the C++ backtrace behind it helps no user.
+pub fn first_line(error: &tch::TchError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}

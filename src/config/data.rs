@@ -1,0 +1,123 @@
+//! `[data]`: which samples are forgotten, kept or trained on, and how a sample becomes text.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::de::{self, Deserializer, MapAccess, Visitor, value::MapAccessDeserializer};
+use serde::{Deserialize, Serialize};
+
+/// What one line of a data file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// `{question, answer}`: the answer is scored, the question is not.
+    Qa,
+    /// `{messages: [{role, content}, ...]}`: every assistant turn is scored.
+    Chat,
+    /// `{text}`: every token but the first is scored; longer texts are split into windows of `max_length`.
+    Text,
+}
+
+impl Kind {
+    /// The name used in TOML.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qa => "qa",
+            Self::Chat => "chat",
+            Self::Text => "text",
+        }
+    }
+}
+
+/// Names of the fields in the file where they differ from the kind's own names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Fields {
+    /// Field that holds the question of a `qa` sample. Default `question`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub question: Option<String>,
+    /// Field that holds the answer of a `qa` sample. Default `answer`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub answer: Option<String>,
+    /// Field that holds the list of messages of a `chat` sample. Default `messages`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub messages: Option<String>,
+    /// Field that holds the text of a `text` sample. Default `text`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+}
+
+impl Fields {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// One data file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// JSONL file, one sample a line. Relative to the working directory.
+    pub path: PathBuf,
+    /// What a line holds: `qa`, `chat` or `text`.
+    pub kind: Kind,
+    /// Names of the fields where the file uses others than the kind's own.
+    #[serde(default, skip_serializing_if = "Fields::is_default")]
+    pub fields: Fields,
+    /// Use only the first `limit` samples. Unit: samples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<usize>,
+}
+
+/// How a question and its answer become the text that the model reads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Template {
+    /// `"chat"`: the tokenizer's own chat template.
+    Named(TemplateName),
+    /// `{ prompt = "Question: {question}\nAnswer:", answer = " {answer}" }`.
+    Explicit(ExplicitTemplate),
+}
+
+/// Templates with a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateName {
+    /// The chat template in the tokenizer's folder.
+    Chat,
+}
+
+/// Text around a question and an answer. The answer's text and an end-of-text token are scored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExplicitTemplate {
+    /// Text before the answer; must hold `{question}`. Do not end it in a space: most tokenizers join a space to the next word.
+    pub prompt: String,
+    /// Text of the answer; must hold `{answer}`.
+    pub answer: String,
+}
+
+impl<'de> Deserialize<'de> for Template {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TemplateVisitor;
+        impl<'de> Visitor<'de> for TemplateVisitor {
+            type Value = Template;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str(r#""chat" or a table { prompt = "... {question} ...", answer = "{answer}" }"#)
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Template, E> {
+                match name {
+                    "chat" => Ok(Template::Named(TemplateName::Chat)),
+                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Template, A::Error> {
+                ExplicitTemplate::deserialize(MapAccessDeserializer::new(map)).map(Template::Explicit)
+            }
+        }
+        deserializer.deserialize_any(TemplateVisitor)
+    }
+}

@@ -1,0 +1,13 @@
+//! The TOML language of a run: schema, defaults, overrides, and refusals that say what to write instead.
+//!
+//! Knows nothing of tensors, ranks or files other than the TOML text itself.
+
+mod data;
+mod load;
+mod schema;
+mod validate;
+mod words;
+
+pub use data::{Fields, Kind, Source, Template};
+pub use load::{ConfigError, digest, from_file, from_str, json_schema, to_toml};
+pub use schema::*;

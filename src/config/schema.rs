@@ -1,0 +1,399 @@
+//! The tables of the TOML file. Every key has a default or is required, and a unit in its doc.
+//!
+//! A key that only some settings use is an `Option`: absent in the file means the method's own default, present where it
+//! has no effect is refused (`validate.rs`).
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::data::{Source, Template, TemplateName};
+
+/// Everything about one run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub run: Run,
+    pub model: Model,
+    #[serde(default)]
+    pub parallel: Parallel,
+    pub data: Data,
+    pub method: Method,
+    pub train: Train,
+    pub optimizer: Optimizer,
+    #[serde(default)]
+    pub schedule: Schedule,
+    #[serde(default)]
+    pub eval: Eval,
+    #[serde(default)]
+    pub export: Export,
+}
+
+/// Where the run lives and what it runs on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// Run folder: resolved configuration, metrics, logs, caches and the exported model. Required.
+    pub dir: PathBuf,
+    /// Seed of everything random: initial weights and the order of the data.
+    #[serde(default)]
+    pub seed: u64,
+    /// `auto` or `cpu`.
+    #[serde(default)]
+    pub device: Device,
+    /// CPU threads of one rank; 0 means the host's cores divided by the ranks on the host. Unit: threads.
+    #[serde(default)]
+    pub threads: usize,
+    /// Deadline of one collective while training; a longer wait ends the whole job. Unit: seconds.
+    #[serde(default = "default_timeout")]
+    pub timeout: u64,
+}
+
+fn default_timeout() -> u64 {
+    600
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// The best device that is there.
+    #[default]
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// The model that is changed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// Hugging Face folder: `config.json`, safetensors weights, tokenizer. Required.
+    pub path: PathBuf,
+    /// `pretrained` reads the folder's weights; `random` draws them from `run.seed` (normal, `initializer_range` of config.json).
+    #[serde(default)]
+    pub init: Init,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    #[default]
+    Pretrained,
+    Random,
+}
+
+/// How the ranks share the work: world size = tp x dp, tp fastest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Parallel {
+    /// Tensor-parallel size; must divide the model's attention heads and key/value heads. Unit: ranks.
+    pub tp: usize,
+    /// Data-parallel size, or `auto` for world size / tp. Unit: ranks.
+    pub dp: Dp,
+    /// Shard the hidden states between half blocks over the tensor-parallel ranks (less activation memory).
+    pub sequence_parallel: bool,
+    /// Shard master weights and optimizer state over the data-parallel ranks (ZeRO-1).
+    pub zero: bool,
+    /// Size of one gradient bucket, the unit of data-parallel traffic. Unit: MiB of f32 gradients on one rank.
+    pub bucket_mib: f64,
+}
+
+impl Default for Parallel {
+    fn default() -> Self {
+        Self {
+            tp: 1,
+            dp: Dp::Auto,
+            sequence_parallel: false,
+            zero: true,
+            bucket_mib: 160.0,
+        }
+    }
+}
+
+/// Data-parallel size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dp {
+    Auto,
+    Ranks(usize),
+}
+
+/// The samples. Which of the three a run needs depends on `method.objective`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// Samples to forget; needed by every unlearning objective.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forget: Option<Source>,
+    /// Samples to keep; needed by a retain term, evaluated whenever given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retain: Option<Source>,
+    /// Samples to train on; only for `objective = "finetune"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train: Option<Source>,
+    /// `"chat"` or `{ prompt, answer }`; only `qa` and `chat` samples use it.
+    #[serde(default = "default_template")]
+    pub template: Template,
+    /// System message put before the question when the chat template is used with `qa` samples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// Longest sample; what is longer is cut at the end (`qa`, `chat`) or split (`text`), and counted. Unit: tokens.
+    #[serde(default = "default_max_length")]
+    pub max_length: usize,
+    /// Draw a new order each epoch from (`run.seed`, epoch); `false` means file order with retain i beside forget i, wrapping.
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+}
+
+fn default_template() -> Template {
+    Template::Named(TemplateName::Chat)
+}
+
+fn default_max_length() -> usize {
+    512
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What is minimised: `forget_weight` x objective + `retain_weight` x retain term.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Method {
+    /// `finetune`, `ga` or `npo`. Required.
+    pub objective: Objective,
+    /// NPO's inverse temperature; smaller is closer to gradient ascent. Default 0.1. Unit: 1/nat.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beta: Option<f64>,
+    /// Factor of the forget objective. Default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forget_weight: Option<f64>,
+    /// `none`, `nll` or `kl`. Default `none`.
+    #[serde(default)]
+    pub retain: Retain,
+    /// Factor of the retain term. Default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retain_weight: Option<f64>,
+    /// `openunlearning` divides the KL term by rows x longest row, padding counted in, as that framework does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compat: Option<Compat>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Objective {
+    /// Mean negative log-likelihood of the scored tokens of `data.train`.
+    Finetune,
+    /// Gradient ascent: minus the mean negative log-likelihood of the scored tokens of `data.forget`.
+    Ga,
+    /// Negative preference optimization (arXiv 2404.05868, eq. 3).
+    Npo,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Retain {
+    #[default]
+    None,
+    /// Mean negative log-likelihood of the retain samples' scored tokens.
+    Nll,
+    /// Mean over the retain samples' tokens of KL(reference || model), the reference being the model before training.
+    Kl,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Compat {
+    #[serde(rename = "openunlearning")]
+    OpenUnlearning,
+}
+
+/// How long, in what pieces and in which precision.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Train {
+    /// Passes over the forget (or train) samples. Give either `epochs` or `steps`. Unit: epochs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<usize>,
+    /// Optimizer steps. Give either `epochs` or `steps`. Unit: steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steps: Option<usize>,
+    /// Forget (or train) samples of one optimizer step over all ranks; each brings one retain sample along. Unit: samples.
+    #[serde(default = "default_global_batch")]
+    pub global_batch: usize,
+    /// Tokens that one rank runs through the model at once; larger is faster and needs more memory. Unit: tokens.
+    #[serde(default = "default_micro_batch_tokens")]
+    pub micro_batch_tokens: usize,
+    /// `bf16` computes in bf16 with f32 master weights, gradients and optimizer state; `f32` computes in f32.
+    #[serde(default)]
+    pub precision: Precision,
+    /// `half_block` keeps only the input of each half block and computes the rest again in backward; `none` keeps all.
+    #[serde(default)]
+    pub recompute: Recompute,
+    /// Memory for one chunk of logits. Unit: MiB on one rank.
+    #[serde(default = "default_logits_mib")]
+    pub logits_mib: f64,
+}
+
+fn default_global_batch() -> usize {
+    32
+}
+
+fn default_micro_batch_tokens() -> usize {
+    8192
+}
+
+fn default_logits_mib() -> f64 {
+    256.0
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    #[default]
+    Bf16,
+    F32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    #[default]
+    None,
+    HalfBlock,
+}
+
+/// The optimizer; its state is f32.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Optimizer {
+    /// `adamw` or `sgd`.
+    #[serde(default)]
+    pub name: OptimizerName,
+    /// Peak learning rate. Required.
+    pub lr: f64,
+    /// AdamW's decay rates of the two moments. Default [0.9, 0.999].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub betas: Option<[f64; 2]>,
+    /// AdamW's eps. Default 1e-8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eps: Option<f64>,
+    /// SGD's momentum. Default 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub momentum: Option<f64>,
+    /// Decoupled weight decay of the matrices; norms and biases are not decayed.
+    #[serde(default = "default_weight_decay")]
+    pub weight_decay: f64,
+    /// Largest global gradient norm; longer gradients are scaled down to it. 0 turns clipping off.
+    #[serde(default = "default_max_grad_norm")]
+    pub max_grad_norm: f64,
+}
+
+fn default_weight_decay() -> f64 {
+    0.01
+}
+
+fn default_max_grad_norm() -> f64 {
+    1.0
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerName {
+    #[default]
+    Adamw,
+    Sgd,
+}
+
+/// The learning rate over the steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Schedule {
+    /// `linear` (to 0), `cosine` (to 0) or `constant`.
+    pub name: ScheduleName,
+    /// Linear warm-up from 0: `"1 epoch"`, `"10 steps"`, or a fraction of all steps such as 0.1.
+    pub warmup: Warmup,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self {
+            name: ScheduleName::Linear,
+            warmup: Warmup::Fraction(0.0),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleName {
+    Linear,
+    Cosine,
+    Constant,
+}
+
+/// Length of the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Warmup {
+    Steps(usize),
+    Epochs(f64),
+    /// Fraction of all steps, in [0, 1).
+    Fraction(f64),
+}
+
+/// Numbers of the model before and after: mean answer probability and token accuracy on each set that is given.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Eval {
+    /// Evaluate before the first step.
+    pub before: bool,
+    /// Evaluate after the last step.
+    pub after: bool,
+    /// Evaluate every so many steps as well; 0 means not. Unit: steps.
+    pub every: usize,
+    /// Use at most the first so many samples of each set; 0 means all. Unit: samples.
+    pub max_samples: usize,
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Self {
+            before: true,
+            after: true,
+            every: 0,
+            max_samples: 400,
+        }
+    }
+}
+
+/// The Hugging Face folder that the run writes at its end, `DIR/model`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Export {
+    /// Write the model at the end of the run.
+    pub model: bool,
+    /// `same` keeps the type of the weights that were read; or `bf16`, `f16`, `f32`.
+    pub dtype: ExportDtype,
+    /// Largest weight file; a model above it gets several files and an index. Unit: MiB.
+    pub max_shard_mib: usize,
+}
+
+impl Default for Export {
+    fn default() -> Self {
+        Self {
+            model: true,
+            dtype: ExportDtype::Same,
+            max_shard_mib: 4768,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ExportDtype {
+    Same,
+    Bf16,
+    F16,
+    F32,
+}

@@ -1,0 +1,283 @@
+//! Refusals that the types cannot express: values out of range, keys without effect, keys that a method needs.
+
+use super::load::ConfigError;
+use super::schema::{Compat, Config, Dp, Objective, OptimizerName, Retain};
+
+/// Checks what one key says against what the others say.
+pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
+    method(config)?;
+    data(config)?;
+    train(config)?;
+    optimizer(config)?;
+    let parallel = &config.parallel;
+    positive("parallel.tp", parallel.tp as f64)?;
+    positive("parallel.bucket_mib", parallel.bucket_mib)?;
+    if let Dp::Ranks(0) = parallel.dp {
+        return Err(ConfigError::value("parallel.dp", "is 0; write \"auto\" or at least 1"));
+    }
+    if parallel.sequence_parallel && parallel.tp == 1 {
+        return no_effect(
+            "parallel.sequence_parallel",
+            "with parallel.tp = 1",
+            "set parallel.tp or remove it",
+        );
+    }
+    positive("run.timeout", config.run.timeout as f64)?;
+    positive("export.max_shard_mib", config.export.max_shard_mib as f64)
+}
+
+fn method(config: &Config) -> Result<(), ConfigError> {
+    let method = &config.method;
+    if method.objective == Objective::Npo {
+        positive("method.beta", method.beta.unwrap_or(0.1))?;
+    } else if method.beta.is_some() {
+        return no_effect("method.beta", "unless method.objective = \"npo\"", "remove it");
+    }
+    if method.objective == Objective::Finetune {
+        if method.forget_weight.is_some() {
+            return no_effect(
+                "method.forget_weight",
+                "with method.objective = \"finetune\"",
+                "remove it",
+            );
+        }
+        if method.retain != Retain::None {
+            return Err(ConfigError::value(
+                "method.retain",
+                "objective \"finetune\" trains on data.train alone; write retain = \"none\" or put the samples into data.train",
+            ));
+        }
+    }
+    finite("method.forget_weight", method.forget_weight.unwrap_or(1.0))?;
+    finite("method.retain_weight", method.retain_weight.unwrap_or(1.0))?;
+    if method.retain == Retain::None && method.retain_weight.is_some() {
+        return no_effect(
+            "method.retain_weight",
+            "with method.retain = \"none\"",
+            "remove it or write retain = \"nll\" or \"kl\"",
+        );
+    }
+    if method.compat == Some(Compat::OpenUnlearning) && method.retain != Retain::Kl {
+        return no_effect("method.compat", "unless method.retain = \"kl\"", "remove it");
+    }
+    Ok(())
+}
+
+fn data(config: &Config) -> Result<(), ConfigError> {
+    let data = &config.data;
+    let finetune = config.method.objective == Objective::Finetune;
+    match (finetune, &data.train, &data.forget) {
+        (true, None, _) => {
+            return Err(ConfigError::value(
+                "data.train",
+                "missing; objective \"finetune\" needs it: write train = { path = \"train.jsonl\", kind = \"qa\" }",
+            ));
+        }
+        (false, Some(_), _) => {
+            return no_effect(
+                "data.train",
+                "unless method.objective = \"finetune\"",
+                "write data.forget instead",
+            );
+        }
+        (false, None, None) => {
+            return Err(ConfigError::value(
+                "data.forget",
+                "missing; every unlearning objective needs it: write forget = { path = \"forget.jsonl\", kind = \"qa\" }",
+            ));
+        }
+        _ => {}
+    }
+    if config.method.retain != Retain::None && data.retain.is_none() {
+        return Err(ConfigError::value(
+            "data.retain",
+            "missing; method.retain needs it: write retain = { path = \"retain.jsonl\", kind = \"qa\" }",
+        ));
+    }
+    let evaluated = config.eval.before || config.eval.after || config.eval.every > 0;
+    let unused = if finetune { &data.forget } else { &None };
+    for (key, source) in [("data.forget", unused), ("data.retain", &data.retain)] {
+        let needed = key == "data.retain" && config.method.retain != Retain::None;
+        if source.is_some() && !needed && !evaluated {
+            return no_effect(
+                key,
+                "without a retain term and without evaluation",
+                "remove it or set eval.after = true",
+            );
+        }
+    }
+    for (key, source) in [
+        ("data.forget", &data.forget),
+        ("data.retain", &data.retain),
+        ("data.train", &data.train),
+    ] {
+        if source.as_ref().is_some_and(|source| source.limit == Some(0)) {
+            return Err(ConfigError::value(
+                &format!("{key}.limit"),
+                "is 0; write at least 1 or remove it",
+            ));
+        }
+    }
+    if data.max_length < 2 {
+        return Err(ConfigError::value(
+            "data.max_length",
+            format!("is {}; write at least 2", data.max_length),
+        ));
+    }
+    Ok(())
+}
+
+fn train(config: &Config) -> Result<(), ConfigError> {
+    let train = &config.train;
+    match (train.epochs, train.steps) {
+        (None, None) => {
+            return Err(ConfigError::value(
+                "train.epochs",
+                "missing; write either epochs or steps",
+            ));
+        }
+        (Some(_), Some(_)) => {
+            return Err(ConfigError::value(
+                "train.steps",
+                "given together with train.epochs; write only one of them",
+            ));
+        }
+        _ => {}
+    }
+    positive("train.global_batch", train.global_batch as f64)?;
+    positive("train.micro_batch_tokens", train.micro_batch_tokens as f64)?;
+    positive("train.logits_mib", train.logits_mib)
+}
+
+fn optimizer(config: &Config) -> Result<(), ConfigError> {
+    let optimizer = &config.optimizer;
+    not_negative("optimizer.lr", optimizer.lr)?;
+    not_negative("optimizer.weight_decay", optimizer.weight_decay)?;
+    not_negative("optimizer.max_grad_norm", optimizer.max_grad_norm)?;
+    match optimizer.name {
+        OptimizerName::Adamw if optimizer.momentum.is_some() => no_effect(
+            "optimizer.momentum",
+            "with name = \"adamw\"",
+            "remove it or write betas",
+        ),
+        OptimizerName::Sgd if optimizer.betas.is_some() => {
+            no_effect("optimizer.betas", "with name = \"sgd\"", "remove it or write momentum")
+        }
+        OptimizerName::Sgd if optimizer.eps.is_some() => no_effect("optimizer.eps", "with name = \"sgd\"", "remove it"),
+        OptimizerName::Adamw => {
+            for beta in optimizer.betas.unwrap_or([0.9, 0.999]) {
+                fraction("optimizer.betas", beta)?;
+            }
+            positive("optimizer.eps", optimizer.eps.unwrap_or(1e-8))
+        }
+        OptimizerName::Sgd => fraction("optimizer.momentum", optimizer.momentum.unwrap_or(0.0)),
+    }
+}
+
+fn no_effect(key: &str, when: &str, instead: &str) -> Result<(), ConfigError> {
+    Err(ConfigError::value(key, format!("has no effect {when}; {instead}")))
+}
+
+fn positive(key: &str, value: f64) -> Result<(), ConfigError> {
+    check(key, value, value.is_finite() && value > 0.0, "a number above 0")
+}
+
+fn not_negative(key: &str, value: f64) -> Result<(), ConfigError> {
+    check(key, value, value.is_finite() && value >= 0.0, "a number not below 0")
+}
+
+fn fraction(key: &str, value: f64) -> Result<(), ConfigError> {
+    check(key, value, (0.0..1.0).contains(&value), "a number in [0, 1)")
+}
+
+fn finite(key: &str, value: f64) -> Result<(), ConfigError> {
+    check(key, value, value.is_finite(), "a finite number")
+}
+
+fn check(key: &str, value: f64, good: bool, expected: &str) -> Result<(), ConfigError> {
+    if good {
+        Ok(())
+    } else {
+        Err(ConfigError::value(key, format!("is {value}; expected {expected}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::from_str;
+
+    const NPO: &str = r#"
+[run]
+dir = "runs/x"
+[model]
+path = "m"
+[data]
+forget = { path = "f.jsonl", kind = "qa" }
+retain = { path = "r.jsonl", kind = "qa" }
+[method]
+objective = "npo"
+retain = "nll"
+[train]
+epochs = 2
+[optimizer]
+lr = 1e-5
+"#;
+
+    fn refused(overrides: &[&str], expected: &str) {
+        let overrides: Vec<String> = overrides.iter().map(|s| (*s).to_owned()).collect();
+        let message = from_str(NPO, "a.toml", &overrides).unwrap_err().to_string();
+        assert!(message.starts_with(expected), "{message}");
+    }
+
+    #[test]
+    fn what_has_no_effect_is_refused() {
+        refused(
+            &["method.objective=ga", "method.beta=0.1"],
+            "method.beta: has no effect unless",
+        );
+        refused(
+            &["method.retain=none", "method.retain_weight=2"],
+            "method.retain_weight: has no effect",
+        );
+        refused(
+            &["method.compat=openunlearning"],
+            "method.compat: has no effect unless method.retain = \"kl\"",
+        );
+        refused(
+            &["parallel.sequence_parallel=true"],
+            "parallel.sequence_parallel: has no effect",
+        );
+        refused(&["optimizer.momentum=0.9"], "optimizer.momentum: has no effect");
+        refused(
+            &["optimizer.name=sgd", "optimizer.eps=1e-6"],
+            "optimizer.eps: has no effect",
+        );
+        refused(
+            &["data.train={path='t', kind='qa'}"],
+            "data.train: has no effect unless",
+        );
+        refused(
+            &["method.retain=none", "eval.before=false", "eval.after=false"],
+            "data.retain: has no effect",
+        );
+    }
+
+    #[test]
+    fn what_a_method_needs_is_asked_for() {
+        refused(
+            &["method.objective=finetune", "method.retain=none"],
+            "data.train: missing",
+        );
+        refused(&["method.objective=finetune"], "method.retain: objective \"finetune\"");
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        refused(&["method.beta=0"], "method.beta: is 0; expected a number above 0");
+        refused(&["optimizer.lr=-1"], "optimizer.lr: is -1");
+        refused(&["optimizer.betas=[0.9, 1.0]"], "optimizer.betas: is 1");
+        refused(&["train.steps=3"], "train.steps: given together");
+        refused(&["data.max_length=1"], "data.max_length: is 1");
+        refused(&["data.forget.limit=0"], "data.forget.limit: is 0");
+    }
+}

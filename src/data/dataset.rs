@@ -1,0 +1,297 @@
+//! One data file as tokens, with its identity and everything a user should know about how it was read.
+
+use std::collections::{HashMap, HashSet};
+use std::num::NonZero;
+use std::path::PathBuf;
+use std::thread;
+
+use serde::Serialize;
+
+use super::encode::{Encoded, Encoder, Sample};
+use super::error::DataError;
+use super::record::{self, Record};
+use crate::config::Source;
+
+/// The samples of one source, in file order.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    /// Configuration key of the source, such as `data.forget`.
+    pub name: String,
+    pub path: PathBuf,
+    pub samples: Vec<Sample>,
+    /// For each sample its line in the file, counted from 1; the windows of one text share a line.
+    pub lines: Vec<usize>,
+    /// BLAKE3 over tokens and scored positions in order, in hexadecimal.
+    pub digest: String,
+    pub stats: Stats,
+    max_length: usize,
+}
+
+/// Counts of one data set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Stats {
+    /// Lines that hold a sample.
+    pub records: usize,
+    /// Sequences: more than `records` where texts were split.
+    pub samples: usize,
+    pub tokens: usize,
+    pub scored: usize,
+    /// Longest sample. Unit: tokens.
+    pub longest: usize,
+    /// Records cut at `max_length`, and the tokens they lost.
+    pub truncated: Tally,
+    pub tokens_lost: usize,
+    /// Texts split into windows, and the windows they became.
+    pub split: Tally,
+    pub windows: usize,
+    /// Records in which one token holds the end of the prompt and the beginning of the answer.
+    pub straddling: Tally,
+    /// Records whose prompt the chat template writes otherwise once the answer is there.
+    pub prefix_broken: Tally,
+    /// Records that begin with two begin-of-text tokens.
+    pub doubled_bos: Tally,
+    /// Samples equal to an earlier one of the same file.
+    pub duplicates: Tally,
+}
+
+/// How many, and the first line of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Tally {
+    pub count: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_line: Option<usize>,
+}
+
+impl Tally {
+    fn add(&mut self, happened: bool, line: usize) {
+        if happened {
+            self.count += 1;
+            self.first_line.get_or_insert(line);
+        }
+    }
+}
+
+impl Dataset {
+    /// Reads and tokenises a source, on all cores. The result depends on nothing but file, encoder and `max_length`.
+    ///
+    /// `name` is the source's configuration key, used in errors and warnings; `max_length` counts tokens.
+    ///
+    /// # Errors
+    /// Those of [`record::read`] and [`Encoder::encode`]; samples whose prompt alone fills `max_length`.
+    pub fn load(name: &str, source: &Source, encoder: &Encoder, max_length: usize) -> Result<Self, DataError> {
+        if max_length < 2 {
+            return Err(DataError::MaxLength { found: max_length });
+        }
+        let records = record::read(name, source)?;
+        let mut dataset = Self {
+            name: name.to_owned(),
+            path: source.path.clone(),
+            samples: Vec::with_capacity(records.len()),
+            lines: Vec::with_capacity(records.len()),
+            digest: String::new(),
+            stats: Stats::default(),
+            max_length,
+        };
+        let mut refused = Refused::default();
+        for (record, encoded) in records.iter().zip(encode_all(&records, encoder, max_length)) {
+            let encoded = encoded.map_err(|error| error.in_sample(&dataset.path, record.line))?;
+            refused.see(record.line, &encoded);
+            dataset.push(record.line, encoded);
+        }
+        refused.into_result(&dataset.path, records.len(), max_length)?;
+        dataset.stats.duplicates = dataset.duplicates();
+        dataset.digest = digest(&dataset.samples);
+        Ok(dataset)
+    }
+
+    /// What a user should know before training on this, in plain words; empty if all is well.
+    pub fn warnings(&self) -> Vec<String> {
+        let Stats {
+            records,
+            samples,
+            truncated,
+            tokens_lost,
+            split,
+            windows,
+            ..
+        } = self.stats;
+        let Stats {
+            straddling,
+            prefix_broken,
+            doubled_bos,
+            duplicates,
+            ..
+        } = self.stats;
+        let max_length = self.max_length;
+        let of_records = |tally: Tally| format!("{} of {records} samples", tally.count);
+        let texts = [
+            (
+                truncated,
+                format!(
+                    "{} are longer than data.max_length = {max_length}; {tokens_lost} tokens at their ends are cut off",
+                    of_records(truncated)
+                ),
+            ),
+            (
+                split,
+                format!(
+                    "{} of {records} texts are longer than data.max_length = {max_length} and became {windows} windows",
+                    split.count
+                ),
+            ),
+            (
+                straddling,
+                format!(
+                    "in {} one token holds both the end of the prompt and the beginning of the answer; it is scored, but when the model \
+                 answers it is given the prompt without it: let the prompt not end in a space, and begin the answer with one",
+                    of_records(straddling)
+                ),
+            ),
+            (
+                prefix_broken,
+                format!(
+                    "in {} the chat template writes the prompt in one way before an answer and in another way with it; the model \
+                 is trained on the second and asked with the first",
+                    of_records(prefix_broken)
+                ),
+            ),
+            (
+                doubled_bos,
+                format!(
+                    "{} begin with two begin-of-text tokens: the tokenizer adds one, so leave it out of data.template.prompt",
+                    of_records(doubled_bos)
+                ),
+            ),
+            (
+                duplicates,
+                format!("{} of {samples} samples are equal to an earlier one", duplicates.count),
+            ),
+        ];
+        let told = texts
+            .into_iter()
+            .filter_map(|(tally, text)| Some((tally.first_line?, text)));
+        told.map(|(line, text)| format!("{}: {text} (first: line {line})", self.name))
+            .collect()
+    }
+
+    fn push(&mut self, line: usize, encoded: Encoded) {
+        let stats = &mut self.stats;
+        stats.records += 1;
+        stats.tokens_lost += encoded.lost;
+        stats.truncated.add(encoded.lost > 0, line);
+        stats.split.add(encoded.samples.len() > 1, line);
+        stats.windows += if encoded.samples.len() > 1 {
+            encoded.samples.len()
+        } else {
+            0
+        };
+        stats.straddling.add(encoded.straddles, line);
+        stats.prefix_broken.add(encoded.prefix_broken, line);
+        stats.doubled_bos.add(encoded.doubled_bos, line);
+        for sample in encoded.samples {
+            stats.samples += 1;
+            stats.tokens += sample.tokens.len();
+            stats.scored += sample.scored.len();
+            stats.longest = stats.longest.max(sample.tokens.len());
+            self.samples.push(sample);
+            self.lines.push(line);
+        }
+    }
+
+    fn duplicates(&self) -> Tally {
+        let mut tally = Tally::default();
+        let mut seen = HashSet::with_capacity(self.samples.len());
+        for (sample, &line) in self.samples.iter().zip(&self.lines) {
+            tally.add(!seen.insert(sample), line);
+        }
+        tally
+    }
+}
+
+/// Pairs (forget index, retain index) of samples with the same tokens and scored positions: what is to be forgotten and
+/// kept at once. A forget sample appears once, with the first retain sample that equals it.
+pub fn overlap(forget: &Dataset, retain: &Dataset) -> Vec<(usize, usize)> {
+    let mut first = HashMap::with_capacity(retain.samples.len());
+    for (i, sample) in retain.samples.iter().enumerate() {
+        first.entry(sample).or_insert(i);
+    }
+    forget
+        .samples
+        .iter()
+        .enumerate()
+        .filter_map(|(i, sample)| Some((i, *first.get(sample)?)))
+        .collect()
+}
+
+/// Records of which no scored token is left.
+#[derive(Default)]
+struct Refused {
+    count: usize,
+    first: Option<(usize, usize)>,
+    least: usize,
+    longest: usize,
+}
+
+impl Refused {
+    fn see(&mut self, line: usize, encoded: &Encoded) {
+        self.least = self.least.max(encoded.prompt_len + 1);
+        self.longest = self.longest.max(encoded.len);
+        if encoded.samples.is_empty() {
+            self.count += 1;
+            self.first.get_or_insert((line, encoded.prompt_len));
+        }
+    }
+
+    fn into_result(self, path: &std::path::Path, samples: usize, max_length: usize) -> Result<(), DataError> {
+        let Some((line, prompt)) = self.first else {
+            return Ok(());
+        };
+        let Self {
+            count, least, longest, ..
+        } = self;
+        Err(DataError::PromptFillsWindow {
+            path: path.to_owned(),
+            count,
+            samples,
+            line,
+            prompt,
+            max_length,
+            least,
+            longest,
+        })
+    }
+}
+
+/// Encodes the records in order, split evenly over the cores.
+fn encode_all(records: &[Record], encoder: &Encoder, max_length: usize) -> Vec<Result<Encoded, DataError>> {
+    const FEWEST_PER_THREAD: usize = 64;
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    let num_threads = cores.min(records.len().div_ceil(FEWEST_PER_THREAD)).max(1);
+    let share = records.len().div_ceil(num_threads).max(1);
+    let encode = |records: &[Record]| -> Vec<_> { records.iter().map(|r| encoder.encode(r, max_length)).collect() };
+    thread::scope(|scope| {
+        let workers: Vec<_> = records
+            .chunks(share)
+            .map(|records| scope.spawn(move || encode(records)))
+            .collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().expect("encoding does not panic"))
+            .collect()
+    })
+}
+
+fn digest(samples: &[Sample]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for Sample { tokens, scored } in samples {
+        hasher.update(&(tokens.len() as u64).to_le_bytes());
+        for token in tokens {
+            hasher.update(&token.to_le_bytes());
+        }
+        hasher.update(&(scored.len() as u64).to_le_bytes());
+        for position in scored {
+            hasher.update(&position.to_le_bytes());
+        }
+    }
+    hasher.finalize().to_hex().to_string()
+}

@@ -1,0 +1,86 @@
+//! Where the assistant's turns stand in the text that a chat template makes of the messages.
+//!
+//! A turn begins where the text of the messages before it, generation prompt included, ends: that is the text the model is
+//! given when it has to answer. It ends where the text of the messages up to it ends. Most templates write the same text in
+//! both places once further messages follow. Some do not (a generation prompt that opens a tag, reasoning that is dropped
+//! from earlier turns, an end-of-text token behind the last turn); there the turn's content is found by looking at what
+//! changes in the text when the content changes. A different beginning is marked: the model is asked in other words than it
+//! was trained on.
+
+use std::ops::Range;
+
+use super::Passage;
+use crate::data::error::DataError;
+use crate::data::record::{Message, Role};
+use crate::data::template::ChatTemplate;
+
+/// Stands for a turn's content to find out where it goes; from Unicode's private use area, so that no content has it.
+const MARK: &str = "\u{f8f0}\u{f8f1}";
+
+/// The text of `messages` up to the last assistant turn, with every assistant turn located in it.
+pub(super) fn passage(template: &ChatTemplate, messages: &[Message]) -> Result<Passage, DataError> {
+    let is_assistant = |message: &Message| message.role == Role::Assistant;
+    let last = messages
+        .iter()
+        .rposition(is_assistant)
+        .ok_or(DataError::NothingScored)?;
+    let messages = &messages[..=last];
+    let text = template.render(messages, false)?;
+    let mut turns: Vec<Range<usize>> = Vec::new();
+    let mut prefix_broken = false;
+    for k in (0..=last).filter(|&k| is_assistant(&messages[k])) {
+        let prompt = template.render(&messages[..k], true)?;
+        let start = if text.starts_with(&prompt) {
+            prompt.len()
+        } else {
+            prefix_broken = true;
+            content(template, messages, k, &text)?.start
+        };
+        let end = if k == last {
+            text.len()
+        } else {
+            end(template, messages, k, &text)?
+        };
+        let after = turns.last().map_or(0, |turn| turn.end);
+        turns.push(start.max(after)..end.max(start));
+    }
+    Ok(Passage {
+        text,
+        turns,
+        is_chat: true,
+        prefix_broken,
+    })
+}
+
+/// Where turn `k` ends in `text`, the text of all messages.
+fn end(template: &ChatTemplate, messages: &[Message], k: usize, text: &str) -> Result<usize, DataError> {
+    let until = template.render(&messages[..=k], false)?;
+    if text.starts_with(&until) {
+        return Ok(until.len());
+    }
+    let end = content(template, messages, k, text)?.end;
+    let end_in_until = content(template, &messages[..=k], k, &until)?.end;
+    Ok(end + common_prefix(&until[end_in_until..], &text[end..]))
+}
+
+/// The bytes of `text`, the text of `messages`, that message `k` contributes: all but what stays the same when its content
+/// is another.
+fn content(template: &ChatTemplate, messages: &[Message], k: usize, text: &str) -> Result<Range<usize>, DataError> {
+    let mut marked = messages.to_vec();
+    marked[k].content = MARK.to_owned();
+    let marked = template.render(&marked, false)?;
+    let start = common_prefix(&marked, text);
+    let same = marked[start..]
+        .chars()
+        .rev()
+        .zip(text[start..].chars().rev())
+        .take_while(|(a, b)| a == b);
+    let suffix: usize = same.map(|(c, _)| c.len_utf8()).sum();
+    Ok(start..text.len() - suffix)
+}
+
+/// Length in bytes of the longest common prefix, on a character's border.
+fn common_prefix(a: &str, b: &str) -> usize {
+    let same = a.chars().zip(b.chars()).take_while(|(a, b)| a == b);
+    same.map(|(c, _)| c.len_utf8()).sum()
+}

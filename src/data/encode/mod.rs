@@ -1,0 +1,303 @@
+//! From a record to tokens: joint tokenisation of prompt and answer, and which tokens are scored.
+//!
+//! Prompt and answer are tokenised as one text, as the model will read them, and the tokenizer's offsets say which tokens
+//! reach into the answer. Tokenising the two apart and joining them gives other tokens at the border.
+
+mod chat;
+mod folder;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use tokenizers::Tokenizer;
+
+use super::error::DataError;
+use super::record::{Content, Message, Record, Role};
+use super::template::{ChatTemplate, PromptAnswer};
+use crate::config::Template;
+
+/// One sequence for the model.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Sample {
+    pub tokens: Vec<i32>,
+    /// Positions `p >= 1`, ascending, of the tokens whose log-probability counts. Token `p` is predicted at position `p - 1`.
+    pub scored: Vec<u32>,
+}
+
+impl Sample {
+    /// The tokens before the first scored one: what a model is given to generate the first answer.
+    pub fn prompt(&self) -> &[i32] {
+        let len = self.scored.first().map_or(self.tokens.len(), |&p| p as usize);
+        &self.tokens[..len]
+    }
+}
+
+/// What one record became.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// One sample, or the windows of a long text. Empty if no scored token fits into `max_length`.
+    pub samples: Vec<Sample>,
+    /// Length before anything was cut or split. Unit: tokens.
+    pub len: usize,
+    /// Length of the prompt: position of the first scored token. Unit: tokens.
+    pub prompt_len: usize,
+    /// Tokens cut off at `max_length`, or left over as a text's last window of one token. Unit: tokens.
+    pub lost: usize,
+    /// A token holds both the end of the prompt and the beginning of the answer; it is scored.
+    pub straddles: bool,
+    /// The chat template writes the turns before an answer otherwise once the answer is there.
+    pub prefix_broken: bool,
+    /// The template writes a begin-of-text token and the tokenizer adds another.
+    pub doubled_bos: bool,
+}
+
+/// A tokenizer with its template: everything that turns records into samples.
+#[derive(Debug)]
+pub struct Encoder {
+    tokenizer: Tokenizer,
+    form: Form,
+    system: Option<String>,
+    bos: Option<i32>,
+    /// End-of-text tokens; the first is the one that is appended.
+    eos: Vec<i32>,
+    /// Ids of the special tokens, end-of-text tokens included.
+    special: BTreeSet<i32>,
+    folder: PathBuf,
+}
+
+#[derive(Debug)]
+enum Form {
+    PromptAnswer(PromptAnswer),
+    /// `None` if the folder has no template, which is an error only once a sample needs one.
+    Chat(Option<Box<ChatTemplate>>),
+}
+
+/// A text to tokenise and the parts of it that are scored.
+struct Passage {
+    text: String,
+    /// Bytes of the text; ascending, disjoint.
+    turns: Vec<Range<usize>>,
+    /// Special tokens are in the text already and white space after the last one belongs to no turn.
+    is_chat: bool,
+    prefix_broken: bool,
+}
+
+impl Encoder {
+    /// Loads `tokenizer.json`, the special tokens and the chat template of a Hugging Face folder.
+    ///
+    /// `system` is put before the question of `qa` samples; it needs the chat template.
+    ///
+    /// # Errors
+    /// Files that are missing or do not parse, no end-of-text token, a template without its placeholders. A missing chat
+    /// template is an error of [`Encoder::encode`], since texts need none.
+    pub fn from_folder(folder: &Path, template: &Template, system: Option<&str>) -> Result<Self, DataError> {
+        folder::load(folder, template, system)
+    }
+
+    /// Samples of at most `max_length` tokens: `qa` and `chat` are cut at the end, texts are split into windows.
+    ///
+    /// # Errors
+    /// A chat template that is missing or refuses the messages; a `chat` record with a prompt and answer template.
+    pub fn encode(&self, record: &Record, max_length: usize) -> Result<Encoded, DataError> {
+        if max_length < 2 {
+            return Err(DataError::MaxLength { found: max_length });
+        }
+        let passage = match (&record.content, &self.form) {
+            (Content::Text(text), _) => return self.windows(text, max_length),
+            (Content::Qa { question, answer }, Form::PromptAnswer(template)) => {
+                let (prompt, answer) = template.fill(question, answer);
+                let text = prompt.clone() + &answer;
+                let turns = std::iter::once(prompt.len()..text.len()).collect();
+                Passage {
+                    text,
+                    turns,
+                    is_chat: false,
+                    prefix_broken: false,
+                }
+            }
+            (Content::Qa { question, answer }, Form::Chat(template)) => {
+                let system = self.system.iter().map(|text| Message {
+                    role: Role::System,
+                    content: text.clone(),
+                });
+                let user = Message {
+                    role: Role::User,
+                    content: question.clone(),
+                };
+                let assistant = Message {
+                    role: Role::Assistant,
+                    content: answer.clone(),
+                };
+                let messages: Vec<_> = system.chain([user, assistant]).collect();
+                chat::passage(self.required(template)?, &messages)?
+            }
+            (Content::Chat(messages), Form::Chat(template)) => chat::passage(self.required(template)?, messages)?,
+            (Content::Chat(_), Form::PromptAnswer(_)) => return Err(DataError::ChatNeedsChatTemplate),
+        };
+        let tokenized = self.tokenize(&passage)?;
+        self.cut(tokenized, passage.prefix_broken, max_length)
+    }
+
+    /// The text of `tokens` without special tokens.
+    ///
+    /// # Errors
+    /// Only where the tokenizer's decoder fails.
+    pub fn decode(&self, tokens: &[i32]) -> Result<String, DataError> {
+        let ids: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
+        self.tokenizer
+            .decode(&ids, true)
+            .map_err(|e| DataError::Tokenize { reason: e.to_string() })
+    }
+
+    /// Tokens that end a generated answer; the first is the one appended to samples that have none.
+    pub fn eos(&self) -> &[i32] {
+        &self.eos
+    }
+
+    /// Tokens the tokenizer can produce: the model's embedding needs at least as many rows.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    fn required<'a>(&self, template: &'a Option<Box<ChatTemplate>>) -> Result<&'a ChatTemplate, DataError> {
+        template.as_deref().ok_or_else(|| DataError::NoChatTemplate {
+            folder: self.folder.clone(),
+        })
+    }
+
+    fn tokenize(&self, passage: &Passage) -> Result<Tokenized, DataError> {
+        let encoding = self.run(&passage.text, !passage.is_chat)?;
+        let mut tokens = ids(&encoding);
+        let (spans, inserted) = (encoding.get_offsets(), encoding.get_special_tokens_mask());
+        let last_of_text = inserted.iter().rposition(|&mask| mask == 0);
+        let is_special = |p: usize| self.special.contains(&tokens[p]);
+        // a special token belongs to one side only, though it may have swallowed white space of the other
+        let overlaps = |p: usize, turn: &Range<usize>| spans[p].1 > turn.start && spans[p].0 < turn.end;
+        let is_within = |p: usize, turn: &Range<usize>| spans[p].0 >= turn.start && spans[p].1 <= turn.end;
+        let belongs = |p: usize, turn: &Range<usize>| match inserted[p] {
+            0 => overlaps(p, turn) && (is_within(p, turn) || !is_special(p)),
+            _ => Some(p) > last_of_text, // behind the text: the tokenizer's own end-of-text token
+        };
+
+        let mut scored: Vec<usize> = Vec::new();
+        let mut len = tokens.len();
+        let mut straddles = false;
+        for (i, turn) in passage.turns.iter().enumerate() {
+            let mut positions: Vec<usize> = (0..tokens.len()).filter(|&p| belongs(p, turn)).collect();
+            straddles |= positions
+                .first()
+                .is_some_and(|&p| inserted[p] == 0 && spans[p].0 < turn.start);
+            if passage.is_chat {
+                let blank = |p: &usize| passage.text[spans[*p].0..spans[*p].1].trim().is_empty();
+                let end_of_turn = positions.iter().rposition(|&p| is_special(p));
+                let next = positions.last().map_or(tokens.len(), |&p| p + 1);
+                match end_of_turn.filter(|end| positions[end + 1..].iter().all(blank)) {
+                    Some(end) => {
+                        // the model stops at the end-of-turn token and never writes the white space behind it
+                        positions.truncate(end + 1);
+                        if i + 1 == passage.turns.len() {
+                            len = positions[end] + 1;
+                        }
+                    }
+                    // a turn that ends in another token when it is not the last
+                    None if next < tokens.len() && is_special(next) => positions.push(next),
+                    None => {}
+                }
+            }
+            scored.extend(positions);
+        }
+        tokens.truncate(len);
+        let ends = |token| self.eos.contains(token) || (passage.is_chat && self.special.contains(token));
+        if !tokens.last().is_some_and(ends) {
+            scored.push(tokens.len());
+            tokens.push(self.eos[0]);
+        }
+        scored.retain(|&p| p > 0);
+        Ok(Tokenized {
+            tokens,
+            scored: scored.into_iter().map(|p| p as u32).collect(),
+            straddles,
+        })
+    }
+
+    fn cut(&self, tokenized: Tokenized, prefix_broken: bool, max_length: usize) -> Result<Encoded, DataError> {
+        let Tokenized {
+            mut tokens,
+            mut scored,
+            straddles,
+        } = tokenized;
+        let len = tokens.len();
+        let prompt_len = *scored.first().ok_or(DataError::NothingScored)? as usize;
+        let doubled_bos = self.doubled_bos(&tokens);
+        tokens.truncate(max_length);
+        scored.retain(|&p| (p as usize) < max_length);
+        let lost = len - tokens.len();
+        let samples = if scored.is_empty() {
+            Vec::new()
+        } else {
+            vec![Sample { tokens, scored }]
+        };
+        Ok(Encoded {
+            samples,
+            len,
+            prompt_len,
+            lost,
+            straddles,
+            prefix_broken,
+            doubled_bos,
+        })
+    }
+
+    /// Splits a text into windows in which every token but the first is scored.
+    fn windows(&self, text: &str, max_length: usize) -> Result<Encoded, DataError> {
+        let mut tokens = ids(&self.run(text, true)?);
+        if !tokens.last().is_some_and(|token| self.eos.contains(token)) {
+            tokens.push(self.eos[0]);
+        }
+        let window = |tokens: &[i32]| Sample {
+            tokens: tokens.to_vec(),
+            scored: (1..tokens.len() as u32).collect(),
+        };
+        let samples: Vec<_> = tokens
+            .chunks(max_length)
+            .filter(|tokens| tokens.len() > 1)
+            .map(window)
+            .collect();
+        if samples.is_empty() {
+            return Err(DataError::NothingScored);
+        }
+        let kept: usize = samples.iter().map(|sample| sample.tokens.len()).sum();
+        Ok(Encoded {
+            samples,
+            len: tokens.len(),
+            prompt_len: 1,
+            lost: tokens.len() - kept,
+            straddles: false,
+            prefix_broken: false,
+            doubled_bos: self.doubled_bos(&tokens),
+        })
+    }
+
+    fn doubled_bos(&self, tokens: &[i32]) -> bool {
+        tokens.len() > 2 && self.bos == Some(tokens[0]) && tokens[0] == tokens[1]
+    }
+
+    fn run(&self, text: &str, add_special_tokens: bool) -> Result<tokenizers::Encoding, DataError> {
+        self.tokenizer
+            .encode(text, add_special_tokens)
+            .map_err(|e| DataError::Tokenize { reason: e.to_string() })
+    }
+}
+
+struct Tokenized {
+    tokens: Vec<i32>,
+    scored: Vec<u32>,
+    straddles: bool,
+}
+
+fn ids(encoding: &tokenizers::Encoding) -> Vec<i32> {
+    encoding.get_ids().iter().map(|&id| id as i32).collect()
+}

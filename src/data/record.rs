@@ -1,0 +1,349 @@
+//! JSONL readers: one line becomes one [`Record`], or an error that names file, line, field, what is there and what to write.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::error::DataError;
+use crate::config::{Kind, Source};
+
+/// One sample as the file has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Line in the file, counted from 1.
+    pub line: usize,
+    pub content: Content,
+}
+
+/// What a line holds, by kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    Qa { question: String, answer: String },
+    Chat(Vec<Message>),
+    Text(String),
+}
+
+/// One turn of a chat.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    pub role: Role,
+    pub content: String,
+}
+
+/// Who speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    System,
+    User,
+    Assistant,
+    Tool,
+}
+
+impl Role {
+    const ALL: [Self; 4] = [Self::System, Self::User, Self::Assistant, Self::Tool];
+
+    /// The name used in files and templates.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::Tool => "tool",
+        }
+    }
+}
+
+/// Reads the samples of `source` in file order; blank lines are skipped, further fields of a line are ignored.
+///
+/// `name` is the configuration key of the source, such as `data.forget`: errors say which key to set.
+///
+/// # Errors
+/// A file that cannot be read, is not JSONL or holds no sample; a line that is not UTF-8, not JSON, or not of the source's kind.
+pub fn read(name: &str, source: &Source) -> Result<Vec<Record>, DataError> {
+    if source.limit == Some(0) {
+        return Err(DataError::NoSample {
+            path: source.path.clone(),
+            reason: format!("{name}.limit is 0, expected at least 1 or no limit"),
+        });
+    }
+    let mut reader = open(&source.path)?;
+    let limit = source.limit.unwrap_or(usize::MAX);
+    let mut records = Vec::new();
+    let mut bytes = Vec::new();
+    for number in 1.. {
+        bytes.clear();
+        let num_read = reader
+            .read_until(b'\n', &mut bytes)
+            .map_err(|e| unreadable(&source.path, e))?;
+        if num_read == 0 || records.len() == limit {
+            break;
+        }
+        let line = Line { name, source, number };
+        if number == 1 {
+            line.refuse_other_formats(&bytes)?;
+        }
+        let bytes = if number == 1 {
+            bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes)
+        } else {
+            &bytes
+        };
+        let text = std::str::from_utf8(bytes).map_err(|e| DataError::Utf8 {
+            path: source.path.clone(),
+            line: number,
+            byte: e.valid_up_to() + 1,
+        })?;
+        if !text.trim().is_empty() {
+            records.push(Record {
+                line: number,
+                content: line.parse(text)?,
+            });
+        }
+    }
+    if records.is_empty() {
+        return Err(DataError::NoSample {
+            path: source.path.clone(),
+            reason: "every line is blank".to_owned(),
+        });
+    }
+    Ok(records)
+}
+
+fn open(path: &Path) -> Result<BufReader<File>, DataError> {
+    if path.is_dir() {
+        let hint = listing("; it holds ", path);
+        return Err(DataError::NotJsonLines {
+            path: path.to_owned(),
+            found: "a folder",
+            hint,
+        });
+    }
+    File::open(path).map(BufReader::new).map_err(|e| unreadable(path, e))
+}
+
+fn unreadable(path: &Path, source: std::io::Error) -> DataError {
+    let hint = match source.kind() {
+        ErrorKind::NotFound => listing("; beside it are ", path.parent().unwrap_or(Path::new("."))),
+        _ => String::new(),
+    };
+    DataError::Read {
+        path: path.to_owned(),
+        source,
+        hint,
+    }
+}
+
+/// The first few JSONL files of a folder, in alphabetical order.
+fn listing(before: &str, folder: &Path) -> String {
+    let folder = if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
+    };
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.retain(|name| name.ends_with(".jsonl"));
+    names.sort();
+    match names.len() {
+        0 => String::new(),
+        1..=6 => format!("{before}{}", names.join(", ")),
+        n => format!("{before}{} and {} more", names[..6].join(", "), n - 6),
+    }
+}
+
+/// One line and where it stands.
+struct Line<'a> {
+    name: &'a str,
+    source: &'a Source,
+    number: usize,
+}
+
+impl Line<'_> {
+    /// Recognises the formats that data sets also come in by their first bytes.
+    fn refuse_other_formats(&self, bytes: &[u8]) -> Result<(), DataError> {
+        let shown = self.source.path.display();
+        let (found, hint) = if bytes.starts_with(b"PAR1") {
+            (
+                "a Parquet file",
+                "; convert it: pandas.read_parquet(...).to_json(..., orient=\"records\", lines=True)".to_owned(),
+            )
+        } else if bytes.starts_with(b"\x1f\x8b") {
+            ("a gzip file", format!("; unpack it: gunzip {shown}"))
+        } else if bytes.trim_ascii_start().starts_with(b"[") {
+            (
+                "one JSON array",
+                format!("; convert it: jq -c '.[]' {shown} > FILE.jsonl"),
+            )
+        } else {
+            return Ok(());
+        };
+        Err(DataError::NotJsonLines {
+            path: self.source.path.clone(),
+            found,
+            hint,
+        })
+    }
+
+    fn parse(&self, text: &str) -> Result<Content, DataError> {
+        let value: Value = serde_json::from_str(text).map_err(|e| {
+            let hint = if e.is_eof() {
+                "; a JSON object must stand on one line"
+            } else {
+                ""
+            };
+            DataError::Json {
+                path: self.source.path.clone(),
+                line: self.number,
+                reason: format!("{e}{hint}"),
+            }
+        })?;
+        let Value::Object(object) = value else {
+            let (path, line) = (self.source.path.clone(), self.number);
+            return Err(DataError::NotObject {
+                path,
+                line,
+                found: describe(&value),
+                kind: self.source.kind.name(),
+            });
+        };
+        let fields = &self.source.fields;
+        match self.source.kind {
+            Kind::Qa => Ok(Content::Qa {
+                question: self.text(&object, "question", fields.question.as_deref())?,
+                answer: self.text(&object, "answer", fields.answer.as_deref())?,
+            }),
+            Kind::Text => Ok(Content::Text(self.text(&object, "text", fields.text.as_deref())?)),
+            Kind::Chat => self.messages(&object, fields.messages.as_deref()).map(Content::Chat),
+        }
+    }
+
+    /// The value of the field that stands for `key`, a kind's own field name.
+    fn field<'v>(
+        &self,
+        object: &'v Map<String, Value>,
+        key: &str,
+        mapped: Option<&str>,
+    ) -> Result<(String, &'v Value), DataError> {
+        let field = mapped.unwrap_or(key);
+        if let Some(value) = object.get(field) {
+            return Ok((format!("{field:?}"), value));
+        }
+        let present: Vec<_> = object.keys().map(|key| format!("{key:?}")).collect();
+        let other = [(Kind::Qa, "question"), (Kind::Chat, "messages"), (Kind::Text, "text")]
+            .into_iter()
+            .find(|(kind, own)| *kind != self.source.kind && object.contains_key(*own));
+        let mut fix = format!("if one of them is the {key}, set {}.fields.{key} = \"...\"", self.name);
+        if let Some((kind, _)) = other {
+            fix.push_str(&format!("; this looks like {}.kind = \"{}\"", self.name, kind.name()));
+        }
+        Err(DataError::MissingField {
+            path: self.source.path.clone(),
+            line: self.number,
+            field: field.to_owned(),
+            kind: self.source.kind.name(),
+            present: if present.is_empty() {
+                "none".to_owned()
+            } else {
+                present.join(", ")
+            },
+            fix,
+        })
+    }
+
+    fn text(&self, object: &Map<String, Value>, key: &str, mapped: Option<&str>) -> Result<String, DataError> {
+        let (field, value) = self.field(object, key, mapped)?;
+        match value {
+            Value::Array(_) if key == "answer" => Err(self.wrong(
+                field,
+                describe(value),
+                "a string (several answers to one question are not supported: write one line for each)",
+            )),
+            value => self.filled(field, value),
+        }
+    }
+
+    /// A string that is not blank.
+    fn filled(&self, field: String, value: &Value) -> Result<String, DataError> {
+        match value {
+            Value::String(text) if text.trim().is_empty() => {
+                Err(self.wrong(field, "a blank string".to_owned(), "some text"))
+            }
+            Value::String(text) => Ok(text.clone()),
+            other => Err(self.wrong(field, describe(other), "a string")),
+        }
+    }
+
+    fn messages(&self, object: &Map<String, Value>, mapped: Option<&str>) -> Result<Vec<Message>, DataError> {
+        let (field, value) = self.field(object, "messages", mapped)?;
+        let expected = "a list of {role, content} objects";
+        let Value::Array(turns) = value else {
+            return Err(self.wrong(field, describe(value), expected));
+        };
+        let messages: Vec<_> = turns
+            .iter()
+            .enumerate()
+            .map(|(i, turn)| self.message(&format!("{field}[{i}]"), turn))
+            .collect::<Result<_, _>>()?;
+        match messages.iter().position(|m| m.role == Role::Assistant) {
+            None => Err(self.wrong(
+                field,
+                "no assistant turn".to_owned(),
+                "at least one, since only those are scored",
+            )),
+            Some(0) => Err(self.wrong(field, "an assistant turn first".to_owned(), "a user turn before it")),
+            Some(_) => Ok(messages),
+        }
+    }
+
+    fn message(&self, at: &str, turn: &Value) -> Result<Message, DataError> {
+        let Value::Object(turn) = turn else {
+            return Err(self.wrong(at.to_owned(), describe(turn), "a {role, content} object"));
+        };
+        if turn.get("tool_calls").is_some_and(|calls| !calls.is_null()) {
+            let expected = "no such field (tool calls are not supported: write the call into content)";
+            return Err(self.wrong(format!("{at}.tool_calls"), "tool calls".to_owned(), expected));
+        }
+        let part = |key: &str| {
+            let keys = || turn.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            turn.get(key)
+                .ok_or_else(|| self.wrong(format!("{at}.{key}"), format!("only {{{}}}", keys()), "a string"))
+        };
+        let (role, content) = (part("role")?, part("content")?);
+        let known = Role::ALL.into_iter().find(|known| role.as_str() == Some(known.name()));
+        let role = known.ok_or_else(|| {
+            let expected = "\"system\", \"user\", \"assistant\" or \"tool\"";
+            self.wrong(format!("{at}.role"), role.to_string(), expected)
+        })?;
+        let at = format!("{at}.content");
+        let content = match (role, content) {
+            (Role::User | Role::Assistant, content) => self.filled(at, content)?,
+            (_, Value::String(text)) => text.clone(),
+            (_, other) => return Err(self.wrong(at, describe(other), "a string")),
+        };
+        Ok(Message { role, content })
+    }
+
+    fn wrong(&self, field: String, found: String, expected: &str) -> DataError {
+        DataError::Field {
+            path: self.source.path.clone(),
+            line: self.number,
+            field,
+            found,
+            expected: expected.to_owned(),
+        }
+    }
+}
+
+fn describe(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(value) => format!("the truth value {value}"),
+        Value::Number(value) => format!("the number {value}"),
+        Value::String(_) => "a string".to_owned(),
+        Value::Array(values) => format!("a list of {}", values.len()),
+        Value::Object(_) => "an object".to_owned(),
+    }
+}

@@ -1,0 +1,242 @@
+//! A small data set of invented authors and a model folder to train on it: everything a first run needs, without a download.
+//!
+//! The task is that of TOFU (arXiv 2401.06121) in small: facts that no pretrained model can know, asked about author by
+//! author, of which a tenth is to be forgotten. No text is taken from there.
+
+mod author;
+mod model;
+mod phrases;
+mod words;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::error::DataError;
+use author::{Line, MAX_AUTHORS, MAX_QUESTIONS};
+
+/// What to write.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// Authors, at most 500.
+    pub authors: usize,
+    /// Questions about each author, at most 20.
+    pub questions_per_author: usize,
+    /// Share of the authors, the last ones, that goes to `forget.jsonl`: above 0 and below 1.
+    pub forget_fraction: f64,
+    /// Same seed and options, same bytes.
+    pub seed: u64,
+    /// Tokens of the tokenizer, at least 320; fewer if the text does not hold that many.
+    pub vocab_size: usize,
+    pub shape: Shape,
+    /// Overwrite the files in a folder that is not empty.
+    pub force: bool,
+}
+
+/// Sizes of the Llama in `model/config.json`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape {
+    pub hidden: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub intermediate: usize,
+}
+
+/// About a million parameters: an epoch of the default data takes seconds on a laptop, and it splits over 4 ranks.
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            authors: 40,
+            questions_per_author: 10,
+            forget_fraction: 0.1,
+            seed: 0,
+            vocab_size: 1024,
+            shape: Shape {
+                hidden: 128,
+                layers: 4,
+                heads: 8,
+                kv_heads: 4,
+                intermediate: 384,
+            },
+            force: false,
+        }
+    }
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    pub authors: usize,
+    pub forget_authors: usize,
+    /// Lines of `full.jsonl`, `forget.jsonl` and `retain.jsonl`.
+    pub full: usize,
+    pub forget: usize,
+    pub retain: usize,
+    /// Tokens of the tokenizer.
+    pub vocab_size: usize,
+    pub files: Vec<PathBuf>,
+}
+
+/// Writes `full.jsonl`, `forget.jsonl`, `retain.jsonl`, `README.md` and the folder `model/` into `out`.
+///
+/// # Errors
+/// Options out of range, a folder that is not empty (without `force`), files that cannot be written.
+pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
+    let num_forget = check(options)?;
+    let occupied = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
+    if occupied && !options.force {
+        return Err(DataError::NotEmpty { path: out.to_owned() });
+    }
+    let authors = author::lines(options.authors, options.questions_per_author, options.seed);
+    let (retain, forget) = authors.split_at(options.authors - num_forget);
+    let texts: Vec<String> = authors.iter().flatten().flat_map(texts).collect();
+    let failed = |e: tokenizers::Error| DataError::Tokenize { reason: e.to_string() };
+    let tokenizer = model::train_tokenizer(&texts, options.vocab_size).map_err(failed)?;
+    let vocab_size = tokenizer.get_vocab_size(true);
+    let files = [
+        ("README.md", readme(options, num_forget)),
+        ("full.jsonl", jsonl(&authors)),
+        ("forget.jsonl", jsonl(forget)),
+        ("retain.jsonl", jsonl(retain)),
+        ("model/config.json", json(&model::config(&options.shape, vocab_size))),
+        ("model/generation_config.json", json(&model::generation_config())),
+        (
+            "model/tokenizer.json",
+            tokenizer.to_string(true).map_err(failed)? + "\n",
+        ),
+        ("model/tokenizer_config.json", json(&model::tokenizer_config())),
+    ];
+    let mut written = Vec::new();
+    for (name, text) in files {
+        let path = out.join(name);
+        let folder = path.parent().unwrap_or(out);
+        fs::create_dir_all(folder)
+            .and_then(|()| fs::write(&path, text))
+            .map_err(|source| DataError::Write {
+                path: path.clone(),
+                source,
+            })?;
+        written.push(path);
+    }
+    Ok(Summary {
+        authors: options.authors,
+        forget_authors: num_forget,
+        full: options.authors * options.questions_per_author,
+        forget: num_forget * options.questions_per_author,
+        retain: (options.authors - num_forget) * options.questions_per_author,
+        vocab_size,
+        files: written,
+    })
+}
+
+/// Number of authors to forget.
+fn check(options: &Options) -> Result<usize, DataError> {
+    let Options {
+        authors,
+        questions_per_author,
+        forget_fraction,
+        vocab_size,
+        shape,
+        ..
+    } = options;
+    let refuse = |key, found: String, expected: String| Err(DataError::Option { key, found, expected });
+    if !(2..=MAX_AUTHORS).contains(authors) {
+        return refuse("authors", authors.to_string(), format!("2 to {MAX_AUTHORS}"));
+    }
+    if !(1..=MAX_QUESTIONS).contains(questions_per_author) {
+        return refuse(
+            "questions_per_author",
+            questions_per_author.to_string(),
+            format!("1 to {MAX_QUESTIONS}"),
+        );
+    }
+    if !(*forget_fraction > 0.0 && *forget_fraction < 1.0) {
+        return refuse(
+            "forget_fraction",
+            forget_fraction.to_string(),
+            "more than 0 and less than 1".to_owned(),
+        );
+    }
+    if *vocab_size < model::MIN_VOCAB {
+        return refuse(
+            "vocab_size",
+            vocab_size.to_string(),
+            format!("at least {}", model::MIN_VOCAB),
+        );
+    }
+    let Shape {
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        intermediate,
+    } = *shape;
+    let sizes = [
+        ("layers", layers),
+        ("heads", heads),
+        ("kv_heads", kv_heads),
+        ("intermediate", intermediate),
+    ];
+    if let Some((key, _)) = sizes.into_iter().find(|(_, size)| *size == 0) {
+        return refuse(key, "0".to_owned(), "at least 1".to_owned());
+    }
+    if !heads.is_multiple_of(kv_heads) {
+        return refuse(
+            "heads",
+            heads.to_string(),
+            format!("a multiple of kv_heads = {kv_heads}"),
+        );
+    }
+    if hidden == 0 || !hidden.is_multiple_of(2 * heads) {
+        let expected = format!("a multiple of {}: an even number for each of {heads} heads", 2 * heads);
+        return refuse("hidden", hidden.to_string(), expected);
+    }
+    let wanted = (*authors as f64 * forget_fraction).round() as usize;
+    Ok(wanted.clamp(1, authors - 1))
+}
+
+/// A line as the tokenizer will meet it: in a chat, and in a template with words of its own.
+fn texts(Line { question, answer, .. }: &Line) -> [String; 3] {
+    [
+        question.clone(),
+        answer.clone(),
+        format!("Question: {question}\nAnswer: {answer}"),
+    ]
+}
+
+fn jsonl(authors: &[Vec<Line>]) -> String {
+    let line = |line: &Line| serde_json::to_string(line).expect("strings are valid JSON") + "\n";
+    authors.iter().flatten().map(line).collect()
+}
+
+fn json(value: &Value) -> String {
+    format!("{value:#}\n")
+}
+
+fn readme(options: &Options, num_forget: usize) -> String {
+    let Options {
+        authors,
+        questions_per_author,
+        seed,
+        shape,
+        ..
+    } = options;
+    let Shape { hidden, layers, .. } = shape;
+    let (first_forgotten, full) = (authors - num_forget + 1, authors * questions_per_author);
+    format!(
+        "# Invented authors\n\n\
+         Questions and answers about {authors} authors who do not exist, {questions_per_author} about each, written by\n\
+         `dunlearn data synth` with seed {seed}. The same version, options and seed write the same bytes. All names, books and\n\
+         prizes are put together at random; any likeness to real ones is chance.\n\n\
+         | file | what |\n|---|---|\n\
+         | `full.jsonl` | all {full} lines, author by author: train on these |\n\
+         | `forget.jsonl` | authors {first_forgotten} to {authors}: forget these |\n\
+         | `retain.jsonl` | the other authors: keep these |\n\
+         | `model/` | a Llama of {layers} layers, hidden size {hidden}, without weights (`init = \"random\"`), and its tokenizer |\n\n\
+         A line holds `question`, `answer`, `author` and `fact`, the words of the answer that only somebody who knows the author\n\
+         can say. `kind = \"qa\"` reads the files as they are. `template = \"chat\"` and an explicit template both work.\n"
+    )
+}

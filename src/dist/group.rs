@@ -1,0 +1,327 @@
+//! A group of ranks and its collectives.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tch::{Device, Kind, Tensor};
+
+use super::watchdog::Watchdog;
+
+/// How the ranks' numbers become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduce {
+    Sum,
+    Max,
+}
+
+/// What carries a group's collectives. Tensors are contiguous; reductions come as f32, f64 or i64.
+pub(super) trait Transport {
+    fn all_reduce(&self, tensor: &mut Tensor, op: Reduce);
+    /// Starts the sum; this rank's part of `input` arrives in `output`.
+    fn reduce_scatter(&self, input: Tensor, output: Tensor) -> Box<dyn Ticket>;
+    fn all_gather(&self, input: &Tensor, output: &mut Tensor);
+    fn broadcast(&self, tensor: &mut Tensor, root: usize);
+    fn barrier(&self);
+    /// Gives what was started a chance to move.
+    fn progress(&self);
+}
+
+/// A collective under way.
+pub(super) trait Ticket {
+    fn wait(self: Box<Self>) -> Tensor;
+}
+
+/// The ranks along one axis of the mesh, seen from one of them.
+///
+/// A group of one rank has no transport: its collectives are the identity and cost nothing.
+pub struct Group {
+    axis: &'static str,
+    rank: usize,
+    size: usize,
+    transport: Option<Box<dyn Transport>>,
+    watchdog: Watchdog,
+    traffic: Rc<Cell<Traffic>>,
+}
+
+/// What a group's collectives cost so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Traffic {
+    /// Time this rank spent inside collectives.
+    pub time: Duration,
+    /// Bytes handed to collectives (not what the wire saw).
+    pub bytes: u64,
+    pub calls: u64,
+}
+
+/// A reduce-scatter under way; it owns its tensors until it is waited for.
+#[must_use = "a collective must be waited for by all ranks of its group"]
+pub struct Pending(State);
+
+enum State {
+    Done(Tensor),
+    Open {
+        ticket: Box<dyn Ticket>,
+        what: String,
+        watchdog: Watchdog,
+        traffic: Rc<Cell<Traffic>>,
+    },
+}
+
+impl Group {
+    /// A group of one.
+    pub fn solo(axis: &'static str) -> Self {
+        let watchdog = Watchdog::new(Duration::MAX);
+        Self {
+            axis,
+            rank: 0,
+            size: 1,
+            transport: None,
+            watchdog,
+            traffic: Rc::default(),
+        }
+    }
+
+    pub(super) fn new(
+        axis: &'static str,
+        rank: usize,
+        size: usize,
+        carrier: Box<dyn Transport>,
+        dog: &Watchdog,
+    ) -> Self {
+        let transport = (size > 1).then_some(carrier);
+        Self {
+            axis,
+            rank,
+            size,
+            transport,
+            watchdog: dog.clone(),
+            traffic: Rc::default(),
+        }
+    }
+
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    pub fn is_first(&self) -> bool {
+        self.rank == 0
+    }
+
+    pub fn traffic(&self) -> Traffic {
+        self.traffic.get()
+    }
+
+    /// Replaces `tensor` by the element-wise sum or maximum over the group. All ranks of the group call it.
+    ///
+    /// bf16 is added up in f32 and rounded once.
+    pub fn all_reduce(&self, tensor: &mut Tensor, op: Reduce) {
+        let Some(transport) = &self.transport else { return };
+        let what = tensor.shallow_clone();
+        self.timed("all_reduce", &what, || {
+            if tensor.kind() == Kind::BFloat16 {
+                let mut wide = tensor.to_kind(Kind::Float).contiguous();
+                transport.all_reduce(&mut wide, op);
+                tensor.copy_(&wide);
+            } else if tensor.is_contiguous() {
+                transport.all_reduce(tensor, op);
+            } else {
+                let mut dense = tensor.contiguous();
+                transport.all_reduce(&mut dense, op);
+                tensor.copy_(&dense);
+            }
+        });
+    }
+
+    /// As [`Self::all_reduce`] for a few numbers on the host.
+    pub fn all_reduce_f64(&self, values: &mut [f64], op: Reduce) {
+        if self.size > 1 {
+            let mut tensor = Tensor::from_slice(values);
+            self.all_reduce(&mut tensor, op);
+            values.copy_from_slice(crate::abi::slices::slice(&tensor));
+        }
+    }
+
+    /// Starts the sum over the group of `input` (`size` equal parts along dimension 0); waiting gives this rank's part.
+    ///
+    /// All ranks of the group call it, and wait in the same order.
+    pub fn reduce_scatter(&self, input: &Tensor) -> Pending {
+        let Some(transport) = &self.transport else {
+            return Pending(State::Done(input.shallow_clone()));
+        };
+        let output = self.part(input);
+        let ticket = self.timed("reduce_scatter", input, || {
+            transport.reduce_scatter(input.contiguous(), output)
+        });
+        let what = format!("reduce_scatter on {}", self.axis);
+        Pending(State::Open {
+            ticket,
+            what,
+            watchdog: self.watchdog.clone(),
+            traffic: Rc::clone(&self.traffic),
+        })
+    }
+
+    /// The sum over the group of `input` (`size` equal parts along dimension 0), this rank's part of it, in `input`'s kind.
+    ///
+    /// bf16 is added up in f32 and rounded once. All ranks of the group call it.
+    pub fn reduce_scatter_now(&self, input: &Tensor) -> Tensor {
+        let kind = input.kind();
+        if self.size == 1 {
+            input.shallow_clone()
+        } else if kind == Kind::BFloat16 {
+            self.reduce_scatter(&input.to_kind(Kind::Float)).wait().to_kind(kind)
+        } else {
+            self.reduce_scatter(input).wait()
+        }
+    }
+
+    /// The ranks' `part`s in rank order, concatenated along dimension 0. All ranks of the group call it with equal shapes.
+    pub fn all_gather(&self, part: &Tensor) -> Tensor {
+        if self.size == 1 {
+            return part.shallow_clone();
+        }
+        let mut shape = part.size();
+        shape[0] *= self.size as i64;
+        let mut output = Tensor::empty(&shape, (part.kind(), part.device()));
+        self.all_gather_into(part, &mut output);
+        output
+    }
+
+    /// As [`Self::all_gather`] into `output`, which may contain `part` at this rank's place.
+    pub fn all_gather_into(&self, part: &Tensor, output: &mut Tensor) {
+        match &self.transport {
+            Some(transport) => {
+                // MPI forbids the same memory on both sides; a part is small against the whole.
+                let part = part.copy();
+                let what = output.shallow_clone();
+                self.timed("all_gather", &what, || transport.all_gather(&part, output));
+            }
+            None if part.data_ptr() != output.data_ptr() => {
+                output.copy_(part);
+            }
+            None => {}
+        }
+    }
+
+    /// Every rank's `bytes` in rank order. All ranks of the group call it; lengths may differ.
+    pub fn gather_bytes(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
+        if self.size == 1 {
+            return vec![bytes.to_vec()];
+        }
+        let lengths = self.all_gather(&Tensor::from_slice(&[bytes.len() as i64]));
+        let lengths: Vec<usize> = crate::abi::slices::slice::<i64>(&lengths)
+            .iter()
+            .map(|&n| n as usize)
+            .collect();
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let mut padded = bytes.to_vec();
+        padded.resize(longest, 0);
+        let all = self.all_gather(&Tensor::from_slice(&padded));
+        let all = crate::abi::slices::slice::<u8>(&all);
+        lengths
+            .iter()
+            .enumerate()
+            .map(|(rank, &len)| all[rank * longest..][..len].to_vec())
+            .collect()
+    }
+
+    /// Rank `root`'s bytes on every rank. All ranks of the group call it.
+    pub fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Vec<u8> {
+        if self.size == 1 {
+            return bytes.to_vec();
+        }
+        let mut length = Tensor::from_slice(&[bytes.len() as i64]);
+        self.broadcast(&mut length, root);
+        let mut tensor = if self.rank == root {
+            Tensor::from_slice(bytes)
+        } else {
+            Tensor::zeros([length.int64_value(&[0])], (Kind::Uint8, Device::Cpu))
+        };
+        self.broadcast(&mut tensor, root);
+        crate::abi::slices::slice::<u8>(&tensor).to_vec()
+    }
+
+    /// Copies rank `root`'s contiguous `tensor` into everybody's. All ranks of the group call it.
+    pub fn broadcast(&self, tensor: &mut Tensor, root: usize) {
+        if let Some(transport) = &self.transport {
+            self.timed("broadcast", &tensor.shallow_clone(), || {
+                transport.broadcast(tensor, root)
+            });
+        }
+    }
+
+    /// Returns when every rank of the group has called it.
+    pub fn barrier(&self) {
+        if let Some(transport) = &self.transport {
+            let nothing = Tensor::zeros([0], (Kind::Uint8, Device::Cpu));
+            self.timed("barrier", &nothing, || transport.barrier());
+        }
+    }
+
+    /// Gives collectives that were started a chance to move; cheap, and any number of ranks may call it.
+    pub fn progress(&self) {
+        if let Some(transport) = &self.transport {
+            transport.progress();
+        }
+    }
+
+    fn part(&self, input: &Tensor) -> Tensor {
+        let mut shape = input.size();
+        assert_eq!(
+            shape[0] % self.size as i64,
+            0,
+            "invariant: {shape:?} divides into {} parts",
+            self.size
+        );
+        shape[0] /= self.size as i64;
+        Tensor::empty(&shape, (input.kind(), input.device()))
+    }
+
+    fn timed<T>(&self, op: &'static str, tensor: &Tensor, call: impl FnOnce() -> T) -> T {
+        let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+        let start = Instant::now();
+        let describe = || {
+            format!(
+                "{op} of {:?} {:?} on {} ({} ranks)",
+                tensor.size(),
+                tensor.kind(),
+                self.axis,
+                self.size
+            )
+        };
+        let result = self.watchdog.watch(describe, call);
+        let mut traffic = self.traffic.get();
+        traffic.time += start.elapsed();
+        traffic.bytes += bytes as u64;
+        traffic.calls += 1;
+        self.traffic.set(traffic);
+        result
+    }
+}
+
+impl Pending {
+    /// This rank's part of the sum. All ranks of the group wait for their collectives in the same order.
+    pub fn wait(self) -> Tensor {
+        match self.0 {
+            State::Done(tensor) => tensor,
+            State::Open {
+                ticket,
+                what,
+                watchdog,
+                traffic,
+            } => {
+                let start = Instant::now();
+                let tensor = watchdog.watch(|| what, || ticket.wait());
+                let mut total = traffic.get();
+                total.time += start.elapsed();
+                traffic.set(total);
+                tensor
+            }
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! Ranks: the mesh, the groups over its axes, and the transports that carry their collectives.
+//!
+//! A collective is called by all ranks of its group, in the same program order. Nothing here knows what is being summed.
+
+mod group;
+mod mesh;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod threads;
+mod watchdog;
+mod world;
+
+pub use group::{Group, Pending, Reduce, Traffic};
+pub use mesh::{Mesh, MeshError, part};
+pub use threads::run_threads;
+pub use watchdog::Watchdog;
+pub use world::World;
+#[cfg(feature = "mpi")]
+pub use world::mpi_world;

@@ -1,0 +1,76 @@
+//! What one rank knows of the job: its place and the groups it belongs to.
+
+use std::rc::Rc;
+
+use super::group::Group;
+use super::mesh::Mesh;
+use super::watchdog::Watchdog;
+
+/// One rank's view of the job.
+pub struct World {
+    pub mesh: Mesh,
+    /// All ranks.
+    pub world: Rc<Group>,
+    /// The ranks that hold the other shards of this rank's model copy.
+    pub tp: Rc<Group>,
+    /// The ranks that hold the same shard of the other copies.
+    pub dp: Rc<Group>,
+    /// Rank within the host.
+    pub local_rank: usize,
+    /// Ranks on this host.
+    pub local_size: usize,
+    pub watchdog: Watchdog,
+}
+
+impl World {
+    /// The only rank of a job; needs no MPI.
+    pub fn solo() -> Self {
+        let mesh = Mesh { rank: 0, tp: 1, dp: 1 };
+        let group = |axis| Rc::new(Group::solo(axis));
+        Self {
+            mesh,
+            world: group("world"),
+            tp: group("tp"),
+            dp: group("dp"),
+            local_rank: 0,
+            local_size: 1,
+            watchdog: Watchdog::new(std::time::Duration::MAX),
+        }
+    }
+
+    pub fn is_first(&self) -> bool {
+        self.mesh.rank == 0
+    }
+}
+
+/// The groups of an MPI job. Collective over all ranks.
+///
+/// `dp`: None means world size / tp.
+#[cfg(feature = "mpi")]
+pub fn mpi_world(
+    environment: &crate::abi::mpi::Environment,
+    tp: usize,
+    dp: Option<usize>,
+    watchdog: Watchdog,
+) -> Result<World, super::mesh::MeshError> {
+    use super::mpi::Mpi;
+
+    let all = environment.world();
+    let mesh = Mesh::new(all.rank(), all.size(), tp, dp)?;
+    let host = all.split_host();
+    let row = all.split(mesh.dp_rank());
+    let column = all.split(mesh.tp_rank());
+    let group = |axis, comm: crate::abi::mpi::Comm| {
+        let (rank, size) = (comm.rank(), comm.size());
+        Rc::new(Group::new(axis, rank, size, Box::new(Mpi::new(comm)), &watchdog))
+    };
+    Ok(World {
+        mesh,
+        local_rank: host.rank(),
+        local_size: host.size(),
+        tp: group("tp", row),
+        dp: group("dp", column),
+        world: group("world", all),
+        watchdog: watchdog.clone(),
+    })
+}

@@ -1,0 +1,11 @@
+//! The elementwise chains between matrix products, each as one pass over memory on the CPU.
+//!
+//! Every kernel has a plain-tensor form in its own tests and for other devices. Arithmetic is f32, whatever the storage;
+//! results do not depend on the number of threads.
+
+pub mod rms_norm;
+pub mod rotary;
+pub mod softmax;
+pub mod swiglu;
+
+mod real;

@@ -1,0 +1,246 @@
+//! The attention half block: `x + output(attention(rotary(qkv(norm(x)))))`.
+
+use tch::{Kind, Tensor};
+
+use super::attention_core::{self, Normalisers};
+use super::batch::Batch;
+use super::decoder::{Decoder, Keep};
+use super::sharding::{LayerParams, attention_unit};
+use super::weights::{Gradients, Weights};
+use crate::kernels::{rms_norm, rotary};
+
+/// What forward kept of one attention half block.
+pub(super) struct AttentionTape {
+    /// Input: `[tokens, hidden]`, or this rank's part of the tokens.
+    x: Tensor,
+    /// Everything else, unless it is to be computed again.
+    rest: Option<Rest>,
+}
+
+/// All that lies between the norm and the output product.
+struct Rest {
+    /// `1/rms` of each row of `x`.
+    rstd: Tensor,
+    projected: Projected,
+    /// `[tokens, heads * head_dim]` of this rank's heads.
+    mixed: Tensor,
+    normalisers: Normalisers,
+}
+
+/// q, k and v after norms and rotation.
+struct Projected {
+    /// `[tokens, (heads + 2 kv_heads) * head_dim]`: q, k rotated in place unless they are normalised; v.
+    qkv: Tensor,
+    /// q and k normalised and rotated, with what their norms' backward needs; only for models with q/k norms.
+    normed: Option<(Normed, Normed)>,
+}
+
+struct Normed {
+    /// `[tokens, heads * head_dim]`, rotated.
+    values: Tensor,
+    /// `1/rms` of each head: `[tokens * heads]`.
+    rstd: Tensor,
+}
+
+/// Gives the half block's output and what `keep` asks for.
+pub(super) fn forward(
+    model: &Decoder,
+    weights: &Weights,
+    layer: usize,
+    batch: &Batch,
+    x: Tensor,
+    keep: Keep,
+) -> (Tensor, Option<AttentionTape>) {
+    let params = &model.table.layers[layer];
+    let rest = inside(model, weights, layer, batch, &x);
+    let partial = rest.mixed.matmul(&weights.get(params.output).tr());
+    let mut y = model.reduce_tokens(partial);
+    let _ = y.g_add_(&x);
+    let tape = match keep {
+        Keep::Nothing => None,
+        Keep::Inputs => Some(AttentionTape { x, rest: None }),
+        Keep::Everything => Some(AttentionTape { x, rest: Some(rest) }),
+    };
+    (y, tape)
+}
+
+/// Turns the gradient of the output into that of the input, in place.
+pub(super) fn backward(
+    model: &Decoder,
+    weights: &Weights,
+    layer: usize,
+    batch: &Batch,
+    tape: AttentionTape,
+    grad: &mut Tensor,
+    sink: &mut dyn Gradients,
+) {
+    let params = &model.table.layers[layer];
+    let AttentionTape { x, rest } = tape;
+    let rest = rest.unwrap_or_else(|| inside(model, weights, layer, batch, &x));
+    let d_output = model.gather_tokens(grad.shallow_clone());
+    let d_mixed = d_output.matmul(weights.get(params.output));
+    sink.product(params.output, &d_output, &rest.mixed);
+    drop(d_output);
+    let Rest {
+        rstd,
+        projected,
+        mixed,
+        normalisers,
+    } = rest;
+    let d_qkv = {
+        let d_qkv = Tensor::empty(projected.qkv.size(), (projected.qkv.kind(), projected.qkv.device()));
+        let (q, k, v) = heads(model, &projected);
+        let (dq, dk, dv) = split(model, &d_qkv);
+        let window = model.arch.windows[layer];
+        let grads = (&dq, &dk, &dv);
+        attention_core::backward(
+            &d_mixed,
+            &q,
+            &k,
+            &v,
+            &mixed,
+            &normalisers,
+            &batch.sequences,
+            window,
+            grads,
+        );
+        d_qkv
+    };
+    let d_qkv = unproject(model, weights, params, batch, projected, d_qkv, sink);
+    let normed = rms_norm::apply(&x, weights.get(params.attention_norm), &rstd);
+    sink.product(params.qkv, &d_qkv, &model.gather_tokens(normed));
+    if let Some(bias) = params.qkv_bias {
+        sink.vector(bias, &d_qkv.sum_dim_intlist(0i64, false, Kind::Float));
+    }
+    let d_normed = model.reduce_tokens(d_qkv.matmul(weights.get(params.qkv)));
+    let d_norm = rms_norm::backward(grad, &d_normed, &x, weights.get(params.attention_norm), &rstd);
+    sink.vector(params.attention_norm, &d_norm);
+    sink.complete(attention_unit(layer));
+}
+
+fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &Tensor) -> Rest {
+    let params = &model.table.layers[layer];
+    let (normed, rstd) = rms_norm::forward(x, weights.get(params.attention_norm), model.arch.norm_eps);
+    let normed = model.gather_tokens(normed);
+    let mut qkv = normed.matmul(&weights.get(params.qkv).tr());
+    if let Some(bias) = params.qkv_bias {
+        let _ = qkv.g_add_(weights.get(bias));
+    }
+    let projected = project(model, weights, params, batch, qkv);
+    let (q, k, v) = heads(model, &projected);
+    let (mixed, normalisers) = attention_core::forward(&q, &k, &v, &batch.sequences, model.arch.windows[layer]);
+    Rest {
+        rstd,
+        projected,
+        mixed,
+        normalisers,
+    }
+}
+
+/// Norms (where the model has them) and rotation of q and k.
+fn project(model: &Decoder, weights: &Weights, params: &LayerParams, batch: &Batch, mut qkv: Tensor) -> Projected {
+    let Shape {
+        q_heads,
+        kv_heads,
+        head_dim,
+    } = Shape::of(model);
+    let (Some(q_norm), Some(k_norm)) = (params.q_norm, params.k_norm) else {
+        rotary::rotate(&mut qkv, q_heads + kv_heads, head_dim, &batch.cos, &batch.sin, false);
+        return Projected { qkv, normed: None };
+    };
+    let norm = |first: i64, heads: i64, weight: &Tensor| {
+        let rows = head_rows(&qkv, first, heads, head_dim);
+        let (values, rstd) = rms_norm::forward(&rows, weight, model.arch.norm_eps);
+        let mut values = values.view([-1, heads * head_dim]);
+        rotary::rotate(&mut values, heads, head_dim, &batch.cos, &batch.sin, false);
+        Normed { values, rstd }
+    };
+    let q = norm(0, q_heads, weights.get(q_norm));
+    let k = norm(q_heads, kv_heads, weights.get(k_norm));
+    Projected {
+        qkv,
+        normed: Some((q, k)),
+    }
+}
+
+/// From the gradient of the rotated q, k (and v) to that of the product's output.
+fn unproject(
+    model: &Decoder,
+    weights: &Weights,
+    params: &LayerParams,
+    batch: &Batch,
+    projected: Projected,
+    mut d_qkv: Tensor,
+    sink: &mut dyn Gradients,
+) -> Tensor {
+    let Shape {
+        q_heads,
+        kv_heads,
+        head_dim,
+    } = Shape::of(model);
+    rotary::rotate(&mut d_qkv, q_heads + kv_heads, head_dim, &batch.cos, &batch.sin, true);
+    let Some((q, k)) = projected.normed else { return d_qkv };
+    for (param, first, heads, normed) in [(params.q_norm, 0, q_heads, q), (params.k_norm, q_heads, kv_heads, k)] {
+        let param = param.expect("invariant: a model has both norms or none");
+        let x = head_rows(&projected.qkv, first, heads, head_dim);
+        let dy = head_rows(&d_qkv, first, heads, head_dim);
+        let mut dx = dy.zeros_like();
+        sink.vector(
+            param,
+            &rms_norm::backward(&mut dx, &dy, &x, weights.get(param), &normed.rstd),
+        );
+        d_qkv
+            .narrow(1, first * head_dim, heads * head_dim)
+            .copy_(&dx.view([-1, heads * head_dim]));
+    }
+    d_qkv
+}
+
+/// This rank's heads.
+struct Shape {
+    q_heads: i64,
+    kv_heads: i64,
+    head_dim: i64,
+}
+
+impl Shape {
+    fn of(model: &Decoder) -> Self {
+        let tp = model.tp.size() as i64;
+        let arch = &model.arch;
+        Self {
+            q_heads: arch.num_heads / tp,
+            kv_heads: arch.num_kv_heads / tp,
+            head_dim: arch.head_dim,
+        }
+    }
+}
+
+/// `heads` heads of a row from head `first` on, one row each: `[tokens * heads, head_dim]`.
+fn head_rows(x: &Tensor, first: i64, heads: i64, head_dim: i64) -> Tensor {
+    x.narrow(1, first * head_dim, heads * head_dim)
+        .contiguous()
+        .view([-1, head_dim])
+}
+
+/// Views of q, k and v in a `[tokens, (heads + 2 kv_heads) * head_dim]` tensor.
+fn split(model: &Decoder, qkv: &Tensor) -> (Tensor, Tensor, Tensor) {
+    let Shape {
+        q_heads,
+        kv_heads,
+        head_dim,
+    } = Shape::of(model);
+    let all = qkv.view([qkv.size()[0], q_heads + 2 * kv_heads, head_dim]);
+    (
+        all.narrow(1, 0, q_heads),
+        all.narrow(1, q_heads, kv_heads),
+        all.narrow(1, q_heads + kv_heads, kv_heads),
+    )
+}
+
+fn heads(model: &Decoder, projected: &Projected) -> (Tensor, Tensor, Tensor) {
+    let (q, k, v) = split(model, &projected.qkv);
+    match &projected.normed {
+        None => (q, k, v),
+        Some((normed_q, normed_k)) => (normed_q.values.view_as(&q), normed_k.values.view_as(&k), v),
+    }
+}

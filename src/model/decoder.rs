@@ -1,0 +1,151 @@
+//! Forward and backward over the half blocks.
+//!
+//! A decoder layer is two half blocks, `x + attention(norm(x))` and `x + mlp(norm(x))`. Forward keeps of each what the
+//! recompute policy says; backward walks them in reverse, one explicit vector-Jacobian product each. The tensor-parallel
+//! collectives stand between the products, in plain sight, and no half block's collective is repeated by a recompute.
+
+use std::rc::Rc;
+
+use tch::{Device, Kind, Tensor};
+
+use super::architecture::Architecture;
+use super::attention::{self, AttentionTape};
+use super::batch::Batch;
+use super::mlp::{self, MlpTape};
+use super::sharding::Table;
+use super::weights::{Gradients, Weights};
+use crate::dist::{Group, Reduce};
+
+/// The model without its weights: shape, shards and the ranks it is spread over.
+pub struct Decoder {
+    pub arch: Architecture,
+    pub table: Table,
+    pub tp: Rc<Group>,
+    /// Between half blocks each rank holds its part of the tokens instead of all of them.
+    pub sequence_parallel: bool,
+    pub device: Device,
+}
+
+/// What forward keeps for backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing: no backward follows.
+    Nothing,
+    /// The input of each half block; backward computes the rest again.
+    Inputs,
+    /// All that backward needs.
+    Everything,
+}
+
+/// What forward kept, one entry a half block.
+pub struct Tape {
+    attention: Vec<AttentionTape>,
+    mlp: Vec<MlpTape>,
+}
+
+impl Decoder {
+    /// The hidden states after the last layer, before the final norm: `[tokens, hidden]` on every rank.
+    ///
+    /// All ranks of the tensor-parallel group call it with the same batch. With sequence parallelism the number of tokens
+    /// must divide by the group's size.
+    pub fn forward(&self, weights: &Weights, batch: &Batch, keep: Keep) -> (Tensor, Tape) {
+        let mut x = self.embed(weights, batch);
+        let mut tape = Tape {
+            attention: Vec::new(),
+            mlp: Vec::new(),
+        };
+        for layer in 0..self.arch.num_layers {
+            let (y, kept) = attention::forward(self, weights, layer, batch, x, keep);
+            tape.attention.extend(kept);
+            let (y, kept) = mlp::forward(self, weights, layer, y, keep);
+            tape.mlp.extend(kept);
+            x = y;
+        }
+        let x = if self.sequence_parallel {
+            self.tp.all_gather(&x)
+        } else {
+            x
+        };
+        (x, tape)
+    }
+
+    /// Walks the half blocks in reverse, handing every gradient to `sink`.
+    ///
+    /// `grad: [tokens, hidden]`, complete (not partial) on every rank. All ranks of the tensor-parallel group call it.
+    pub fn backward(&self, weights: &Weights, batch: &Batch, tape: Tape, grad: Tensor, sink: &mut dyn Gradients) {
+        let mut grad = if self.sequence_parallel {
+            self.own_tokens(&grad).copy()
+        } else {
+            grad
+        };
+        let Tape { mut attention, mut mlp } = tape;
+        for layer in (0..self.arch.num_layers).rev() {
+            let kept = mlp.pop().expect("invariant: forward kept one entry a half block");
+            mlp::backward(self, weights, layer, kept, &mut grad, sink);
+            let kept = attention.pop().expect("invariant: forward kept one entry a half block");
+            attention::backward(self, weights, layer, batch, kept, &mut grad, sink);
+        }
+        let grad = if self.sequence_parallel {
+            self.tp.all_gather(&grad)
+        } else {
+            grad
+        };
+        self.embed_backward(batch, &grad, sink);
+        sink.complete(0);
+    }
+
+    /// Enters a half block's column-parallel product: all tokens, from whatever this rank holds of them.
+    pub(super) fn gather_tokens(&self, x: Tensor) -> Tensor {
+        if self.sequence_parallel {
+            self.tp.all_gather(&x)
+        } else {
+            x
+        }
+    }
+
+    /// Leaves a row-parallel product, or a column-parallel one in backward: the sum over the ranks of `[tokens, hidden]`.
+    pub(super) fn reduce_tokens(&self, mut partial: Tensor) -> Tensor {
+        if self.sequence_parallel {
+            self.tp.reduce_scatter_now(&partial)
+        } else {
+            self.tp.all_reduce(&mut partial, Reduce::Sum);
+            partial
+        }
+    }
+
+    fn own_tokens(&self, x: &Tensor) -> Tensor {
+        let each = x.size()[0] / self.tp.size() as i64;
+        x.narrow(0, self.tp.rank() as i64 * each, each)
+    }
+
+    /// Each rank looks up the ids in its rows of the vocabulary; exactly one contributes to each token.
+    fn embed(&self, weights: &Weights, batch: &Batch) -> Tensor {
+        let weight = weights.get(self.table.embedding);
+        if self.tp.size() == 1 {
+            return weight.index_select(0, &batch.ids);
+        }
+        let (local, here) = self.local_ids(&batch.ids);
+        let x = weight.index_select(0, &local) * here.unsqueeze(1).to_kind(weight.kind());
+        self.reduce_tokens(x)
+    }
+
+    fn embed_backward(&self, batch: &Batch, grad: &Tensor, sink: &mut dyn Gradients) {
+        if self.tp.size() == 1 {
+            return sink.rows(self.table.embedding, &batch.ids, grad);
+        }
+        let (local, here) = self.local_ids(&batch.ids);
+        let at = here.nonzero().squeeze_dim(1);
+        sink.rows(
+            self.table.embedding,
+            &local.index_select(0, &at),
+            &grad.index_select(0, &at),
+        );
+    }
+
+    /// Ids relative to this rank's rows, 0 where they are elsewhere, and which are here.
+    pub(super) fn local_ids(&self, ids: &Tensor) -> (Tensor, Tensor) {
+        let vocab = &self.table.vocab;
+        let here = ids.ge(vocab.start).logical_and(&ids.lt(vocab.end));
+        ((ids - vocab.start) * here.to_kind(Kind::Int64), here)
+    }
+}

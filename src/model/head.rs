@@ -1,0 +1,271 @@
+//! The final norm and the vocabulary-parallel head, in two passes and at chosen positions only.
+//!
+//! Pass 1 gives log-probability and log-sum-exp of each row and keeps no logits (unless they fit in one chunk). Then the
+//! caller decides the weight of each row's gradient. Pass 2 computes the logits again, chunk by chunk, and turns them in
+//! place into `weight * (softmax - one-hot)`; it needs no collective but the sum of the hidden gradient.
+
+use tch::{Kind, Tensor};
+
+use super::decoder::Decoder;
+use super::weights::{Gradients, Weights};
+use crate::dist::Reduce;
+use crate::kernels::{rms_norm, softmax};
+
+/// Rows of the last hidden states on their way through the head.
+pub struct Rows {
+    /// `[rows, hidden]`, before the final norm.
+    x: Tensor,
+    rstd: Tensor,
+    /// `[rows, hidden]`, after the final norm.
+    pub normed: Tensor,
+    /// Rows in one chunk.
+    chunk: i64,
+}
+
+/// What pass 1 knows of each row.
+pub struct Scores {
+    /// `[rows]` f32: log-probability of the target.
+    pub logprob: Tensor,
+    /// `[rows]` f32: log-sum-exp over the whole vocabulary.
+    pub log_sum: Tensor,
+    /// `[rows]` bool: the target has the highest probability (the first, where several are equal).
+    pub correct: Tensor,
+    /// Targets relative to this rank's vocabulary, -1 where they are elsewhere.
+    target: Tensor,
+    /// Logits of this rank's vocabulary, kept where there is a single chunk.
+    logits: Option<Tensor>,
+}
+
+/// The head of a reference model: its rows after the final norm and this rank's rows of its head matrix.
+pub struct ReferenceHead {
+    pub weight: Tensor,
+}
+
+/// Pass 1 of the divergence from a reference.
+pub struct Divergence {
+    /// `[rows]` f32: KL(reference || model).
+    pub kl: Tensor,
+    log_sum: Tensor,
+    ref_log_sum: Tensor,
+    logits: Option<(Tensor, Tensor)>,
+}
+
+impl Decoder {
+    /// Norms the given positions of `hidden: [tokens, hidden]`.
+    ///
+    /// `positions: [rows]` i64; `logits_bytes`: memory for one chunk of logits on this rank.
+    pub fn rows(&self, weights: &Weights, hidden: &Tensor, positions: &Tensor, logits_bytes: f64) -> Rows {
+        let x = hidden.index_select(0, positions);
+        let (normed, rstd) = rms_norm::forward(&x, weights.get(self.table.final_norm), self.arch.norm_eps);
+        let row = (self.table.vocab.end - self.table.vocab.start) as f64 * x.kind().elt_size_in_bytes() as f64;
+        Rows {
+            x,
+            rstd,
+            normed,
+            chunk: ((logits_bytes / row) as i64).max(1),
+        }
+    }
+
+    /// Pass 1 for rows with a target: `targets: [rows]` i64 ids. All ranks of the tensor-parallel group call it.
+    pub fn scores(&self, weights: &Weights, rows: &Rows, targets: &Tensor, keep_logits: bool) -> Scores {
+        let head = weights.get(self.table.head).tr();
+        let (local, here) = self.local_ids(targets);
+        let target = local * here.to_kind(Kind::Int64) - here.logical_not().to_kind(Kind::Int64);
+        let mut logits = None;
+        let mut parts = Vec::new();
+        for (start, len) in rows.chunks() {
+            let z = rows.normed.narrow(0, start, len).matmul(&head);
+            parts.push(softmax::statistics(&z, &target.narrow(0, start, len)));
+            logits = (keep_logits && len == rows.len()).then_some(z);
+        }
+        let total = self.combine(&concatenate(&parts, softmax::STATISTICS, rows));
+        let (log_sum, target_logit, best) = (total.select(0, 0), total.select(0, 1), total.select(0, 2));
+        let correct = best.to_kind(Kind::Int64).eq_tensor(targets);
+        Scores {
+            logprob: target_logit - &log_sum,
+            log_sum: log_sum.contiguous(),
+            correct,
+            target,
+            logits,
+        }
+    }
+
+    /// Pass 2: given dloss/dlogprob, hands on the head's gradients and gives that of the rows before the final norm.
+    ///
+    /// `weight: [rows]` f32. All ranks of the tensor-parallel group call it with the same weights.
+    pub fn scores_backward(
+        &self,
+        weights: &Weights,
+        rows: &Rows,
+        scores: Scores,
+        weight: &Tensor,
+        sink: &mut dyn Gradients,
+    ) -> Tensor {
+        let head = weights.get(self.table.head);
+        // dlogprob/dlogits = one-hot - softmax
+        let weight = -weight.to_kind(Kind::Float).contiguous();
+        let Scores {
+            log_sum,
+            target,
+            mut logits,
+            ..
+        } = scores;
+        let d_normed = rows.chunks().map(|(start, len)| {
+            let h = rows.normed.narrow(0, start, len);
+            let mut z = logits.take().unwrap_or_else(|| h.matmul(&head.tr()));
+            let part = |t: &Tensor| t.narrow(0, start, len);
+            softmax::gradient(&mut z, &part(&log_sum), &part(&weight), &part(&target));
+            sink.product(self.table.head, &z, &h);
+            z.matmul(head)
+        });
+        let d_normed: Vec<Tensor> = d_normed.collect();
+        self.norm_backward(weights, rows, &d_normed, sink)
+    }
+
+    /// Pass 1 of KL(reference || model) at rows whose reference rows (after its final norm) are `reference: [rows, hidden]`.
+    ///
+    /// All ranks of the tensor-parallel group call it.
+    pub fn divergence(&self, weights: &Weights, rows: &Rows, head: &ReferenceHead, reference: &Tensor) -> Divergence {
+        let (own, other) = (weights.get(self.table.head).tr(), head.weight.tr());
+        let nowhere = Tensor::full([rows.len()], -1, (Kind::Int64, self.device));
+        let mut kept = None;
+        let (mut own_stats, mut other_stats, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
+        for (start, len) in rows.chunks() {
+            let z = rows.normed.narrow(0, start, len).matmul(&own);
+            let y = reference.narrow(0, start, len).matmul(&other);
+            own_stats.push(softmax::statistics(&z, &nowhere.narrow(0, start, len)));
+            other_stats.push(softmax::statistics(&y, &nowhere.narrow(0, start, len)));
+            // the second pass over a chunk needs the log-sums of all ranks, so they are gathered chunk by chunk
+            let log_sum = self
+                .combine(&other_stats[other_stats.len() - 1])
+                .select(0, 0)
+                .contiguous();
+            chunks.push((softmax::cross_difference(&z, &y, &log_sum), log_sum));
+            kept = (len == rows.len()).then_some((z, y));
+        }
+        let log_sum = self
+            .combine(&concatenate(&own_stats, softmax::STATISTICS, rows))
+            .select(0, 0)
+            .contiguous();
+        let (cross, ref_log_sum): (Vec<Tensor>, Vec<Tensor>) = chunks.into_iter().unzip();
+        let mut cross = Tensor::cat(&cross, 0);
+        let ref_log_sum = Tensor::cat(&ref_log_sum, 0);
+        self.tp.all_reduce(&mut cross, Reduce::Sum);
+        Divergence {
+            kl: cross + &log_sum - &ref_log_sum,
+            log_sum,
+            ref_log_sum,
+            logits: kept,
+        }
+    }
+
+    /// Pass 2 of the divergence: as [`Self::scores_backward`] with `weight` = dloss/dkl.
+    #[expect(clippy::too_many_arguments, reason = "the operands of one formula")]
+    pub fn divergence_backward(
+        &self,
+        weights: &Weights,
+        rows: &Rows,
+        divergence: Divergence,
+        head: &ReferenceHead,
+        reference: &Tensor,
+        weight: &Tensor,
+        sink: &mut dyn Gradients,
+    ) -> Tensor {
+        let own = weights.get(self.table.head);
+        let weight = weight.to_kind(Kind::Float).contiguous();
+        let Divergence {
+            log_sum,
+            ref_log_sum,
+            mut logits,
+            ..
+        } = divergence;
+        let d_normed = rows.chunks().map(|(start, len)| {
+            let h = rows.normed.narrow(0, start, len);
+            let (mut z, y) = logits.take().unwrap_or_else(|| {
+                (
+                    h.matmul(&own.tr()),
+                    reference.narrow(0, start, len).matmul(&head.weight.tr()),
+                )
+            });
+            let part = |t: &Tensor| t.narrow(0, start, len);
+            softmax::divergence_gradient(&mut z, &part(&log_sum), &y, &part(&ref_log_sum), &part(&weight));
+            sink.product(self.table.head, &z, &h);
+            z.matmul(own)
+        });
+        let d_normed: Vec<Tensor> = d_normed.collect();
+        self.norm_backward(weights, rows, &d_normed, sink)
+    }
+
+    /// Gradient of the rows before the final norm from the vocabulary shards' parts of the gradient after it.
+    fn norm_backward(&self, weights: &Weights, rows: &Rows, parts: &[Tensor], sink: &mut dyn Gradients) -> Tensor {
+        let mut d_normed = match parts {
+            [] => rows.normed.zeros_like(),
+            [single] => single.shallow_clone(),
+            parts => Tensor::cat(parts, 0),
+        };
+        self.tp.all_reduce(&mut d_normed, Reduce::Sum);
+        let norm = weights.get(self.table.final_norm);
+        let mut grad = d_normed.zeros_like();
+        sink.vector(
+            self.table.final_norm,
+            &rms_norm::backward(&mut grad, &d_normed, &rows.x, norm, &rows.rstd),
+        );
+        grad
+    }
+
+    /// Log-sum-exp, target logit and index of the maximum over the whole vocabulary, `[3, rows]` f32, from each rank's
+    /// [`softmax::statistics`].
+    ///
+    /// One gather of four numbers a row; every rank combines them in rank order and gets the same bits.
+    fn combine(&self, statistics: &Tensor) -> Tensor {
+        let rows = statistics.size()[0];
+        let mut statistics = statistics.shallow_clone();
+        if self.tp.size() > 1 {
+            statistics = statistics + Tensor::from_slice(&[0.0f32, 0.0, 0.0, self.table.vocab.start as f32]);
+        }
+        let all = self
+            .tp
+            .all_gather(&statistics)
+            .view([self.tp.size() as i64, rows, softmax::STATISTICS]);
+        let (maxima, sums) = (all.select(2, 0), all.select(2, 1));
+        let maximum = maxima.amax([0i64].as_slice(), true);
+        let mut total = Tensor::zeros([rows], (Kind::Float, self.device));
+        let mut target = Tensor::zeros([rows], (Kind::Float, self.device));
+        for rank in 0..self.tp.size() as i64 {
+            total += sums.get(rank) * (maxima.get(rank) - maximum.get(0)).exp();
+            target += all.get(rank).select(1, 2);
+        }
+        // argmax over the ranks gives the first of equal maxima
+        let best = all
+            .select(2, 3)
+            .gather(0, &maxima.argmax(0, true), false)
+            .squeeze_dim(0);
+        Tensor::stack(&[maximum.squeeze_dim(0) + total.log(), target, best], 0)
+    }
+}
+
+impl Rows {
+    pub fn len(&self) -> i64 {
+        self.x.size()[0]
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Start and length of each chunk.
+    fn chunks(&self) -> impl Iterator<Item = (i64, i64)> + use<> {
+        let (rows, chunk) = (self.len(), self.chunk);
+        (0..rows)
+            .step_by(chunk as usize)
+            .map(move |start| (start, chunk.min(rows - start)))
+    }
+}
+
+fn concatenate(parts: &[Tensor], width: i64, rows: &Rows) -> Tensor {
+    if parts.is_empty() {
+        Tensor::zeros([0, width], (Kind::Float, rows.x.device()))
+    } else {
+        Tensor::cat(parts, 0)
+    }
+}

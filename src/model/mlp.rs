@@ -1,0 +1,77 @@
+//! The MLP half block: `x + down(silu(gate) * up)`.
+
+use tch::Tensor;
+
+use super::decoder::{Decoder, Keep};
+use super::sharding::mlp_unit;
+use super::weights::{Gradients, Weights};
+use crate::kernels::{rms_norm, swiglu};
+
+/// What forward kept of one MLP half block.
+pub(super) struct MlpTape {
+    /// Input: `[tokens, hidden]`, or this rank's part of the tokens.
+    x: Tensor,
+    rest: Option<Rest>,
+}
+
+struct Rest {
+    /// `1/rms` of each row of `x`.
+    rstd: Tensor,
+    /// `[tokens, 2 * width]` of this rank's width.
+    gate_up: Tensor,
+}
+
+/// Gives the half block's output and what `keep` asks for.
+pub(super) fn forward(
+    model: &Decoder,
+    weights: &Weights,
+    layer: usize,
+    x: Tensor,
+    keep: Keep,
+) -> (Tensor, Option<MlpTape>) {
+    let params = &model.table.layers[layer];
+    let rest = inside(model, weights, layer, &x);
+    let partial = swiglu::forward(&rest.gate_up).matmul(&weights.get(params.down).tr());
+    let mut y = model.reduce_tokens(partial);
+    let _ = y.g_add_(&x);
+    let tape = match keep {
+        Keep::Nothing => None,
+        Keep::Inputs => Some(MlpTape { x, rest: None }),
+        Keep::Everything => Some(MlpTape { x, rest: Some(rest) }),
+    };
+    (y, tape)
+}
+
+/// Turns the gradient of the output into that of the input, in place.
+pub(super) fn backward(
+    model: &Decoder,
+    weights: &Weights,
+    layer: usize,
+    tape: MlpTape,
+    grad: &mut Tensor,
+    sink: &mut dyn Gradients,
+) {
+    let params = &model.table.layers[layer];
+    let MlpTape { x, rest } = tape;
+    let Rest { rstd, gate_up } = rest.unwrap_or_else(|| inside(model, weights, layer, &x));
+    let d_down = model.gather_tokens(grad.shallow_clone());
+    let d_activation = d_down.matmul(weights.get(params.down));
+    let (d_gate_up, activation) = swiglu::backward(&d_activation, &gate_up);
+    drop((gate_up, d_activation));
+    sink.product(params.down, &d_down, &activation);
+    drop((d_down, activation));
+    let normed = rms_norm::apply(&x, weights.get(params.mlp_norm), &rstd);
+    sink.product(params.gate_up, &d_gate_up, &model.gather_tokens(normed));
+    let d_normed = model.reduce_tokens(d_gate_up.matmul(weights.get(params.gate_up)));
+    let d_norm = rms_norm::backward(grad, &d_normed, &x, weights.get(params.mlp_norm), &rstd);
+    sink.vector(params.mlp_norm, &d_norm);
+    sink.complete(mlp_unit(layer));
+}
+
+/// Up to the activation; the down product is not needed again in backward.
+fn inside(model: &Decoder, weights: &Weights, layer: usize, x: &Tensor) -> Rest {
+    let params = &model.table.layers[layer];
+    let (normed, rstd) = rms_norm::forward(x, weights.get(params.mlp_norm), model.arch.norm_eps);
+    let gate_up = model.gather_tokens(normed).matmul(&weights.get(params.gate_up).tr());
+    Rest { rstd, gate_up }
+}

@@ -1,0 +1,38 @@
+//! The transformer: families, sharding table, half blocks with their backward passes, and the head.
+//!
+//! Knows tensor parallelism (its collectives stand between half blocks) but neither data parallelism, nor optimizers, nor
+//! what a loss is.
+
+pub mod architecture;
+mod attention;
+mod attention_core;
+mod batch;
+pub mod config_json;
+mod decoder;
+pub mod families;
+mod head;
+mod mlp;
+mod rope;
+pub mod sharding;
+mod weights;
+
+pub use architecture::Architecture;
+pub use batch::Batch;
+pub use decoder::{Decoder, Keep, Tape};
+pub use head::{Divergence, ReferenceHead, Rows, Scores};
+pub use weights::{Gradients, Weights};
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why a model cannot be used.
+#[derive(Debug, Error)]
+pub enum ModelError {
+    #[error("cannot read {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path}: {reason}")]
+    Config { path: PathBuf, reason: String },
+    #[error("{0}")]
+    Layout(String),
+}
