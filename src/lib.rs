@@ -2,7 +2,12 @@
 //! invariants.
 
 pub mod abi;
+pub mod checkpoint;
 pub mod config;
+pub mod data;
 pub mod dist;
 pub mod kernels;
 pub mod model;
+pub mod telemetry;
+pub mod train;
+pub mod unlearn;

@@ -68,14 +68,8 @@ pub fn fused_adamw(
 fn call(op: &str, stack: &mut [u64]) {
     let name = CString::new(op).expect("invariant: no zero byte in an operator's name");
     // SAFETY: the stack holds the operator's arguments in schema order, as each caller in this file sees to.
-    let code = unsafe {
-        torch_call_dispatcher(
-            name.as_ptr(),
-            c"".as_ptr(),
-            stack.as_mut_ptr(),
-            aoti_torch_abi_version(),
-        )
-    };
+    let code =
+        unsafe { torch_call_dispatcher(name.as_ptr(), c"".as_ptr(), stack.as_mut_ptr(), aoti_torch_abi_version()) };
     assert_eq!(code, 0, "invariant: {op} accepts its arguments");
 }
 
@@ -92,17 +86,9 @@ fn list(tensors: &[Tensor]) -> u64 {
     let mut out = std::ptr::null_mut();
     // SAFETY: the list is created here and owned by the callee; every pushed handle is owned by the list.
     unsafe {
-        assert_eq!(
-            torch_new_list_reserve_size(tensors.len(), &raw mut out),
-            0,
-            "invariant: a list can be created"
-        );
+        assert_eq!(torch_new_list_reserve_size(tensors.len(), &raw mut out), 0, "invariant: a list can be created");
         for tensor in tensors {
-            assert_eq!(
-                torch_list_push_back(out, handle(tensor)),
-                0,
-                "invariant: a list takes a tensor"
-            );
+            assert_eq!(torch_list_push_back(out, handle(tensor)), 0, "invariant: a list takes a tensor");
         }
     }
     out as u64
@@ -127,19 +113,10 @@ mod tests {
     #[test]
     fn fused_adamw_follows_its_formula() {
         let options = (Kind::Float, Device::Cpu);
-        let (p, g) = (
-            Tensor::from_slice(&[1.0f32, -2.0, 0.5]),
-            Tensor::from_slice(&[0.2f32, -0.4, 0.0]),
-        );
+        let (p, g) = (Tensor::from_slice(&[1.0f32, -2.0, 0.5]), Tensor::from_slice(&[0.2f32, -0.4, 0.0]));
         let (m, v) = (Tensor::zeros([3], options), Tensor::zeros([3], options));
         let scale = Tensor::from(2.0f32);
-        let adamw = AdamW {
-            lr: 0.1,
-            beta1: 0.9,
-            beta2: 0.99,
-            weight_decay: 0.5,
-            eps: 1e-8,
-        };
+        let adamw = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, weight_decay: 0.5, eps: 1e-8 };
         let (mut m0, mut v0) = ([0.0f64; 3], [0.0f64; 3]);
         let mut want = [1.0f64, -2.0, 0.5];
         for step in 1..=3 {

@@ -61,14 +61,7 @@ pub fn abort(code: i32) {
 /// Name and version of the MPI library that is loaded, in one line.
 pub fn library_version() -> String {
     let version = mpi::environment::library_version().unwrap_or_default();
-    version
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .split(", package")
-        .next()
-        .unwrap_or_default()
-        .to_owned()
+    version.lines().next().unwrap_or_default().split(", package").next().unwrap_or_default().to_owned()
 }
 
 impl Environment {
@@ -98,12 +91,7 @@ impl Comm {
             ffi::MPI_Comm_rank(raw, &raw mut rank);
             ffi::MPI_Comm_size(raw, &raw mut size);
         }
-        Self {
-            raw,
-            rank: rank as usize,
-            size: size as usize,
-            open: RefCell::default(),
-        }
+        Self { raw, rank: rank as usize, size: size as usize, open: RefCell::default() }
     }
 
     pub fn rank(&self) -> usize {
@@ -137,16 +125,8 @@ impl Comm {
 
     /// Starts the element-wise reduction of `input` over all ranks into `output`, of the same shape and kind.
     pub fn all_reduce(&self, input: Tensor, output: Tensor, op: Op) -> Request {
-        assert!(
-            input.numel() == output.numel() && input.kind() == output.kind(),
-            "invariant: input and output alike"
-        );
-        let (from, to, count, kind) = (
-            address(&input),
-            address(&output),
-            count(input.numel()),
-            datatype(&input),
-        );
+        assert!(input.numel() == output.numel() && input.kind() == output.kind(), "invariant: input and output alike");
+        let (from, to, count, kind) = (address(&input), address(&output), count(input.numel()), datatype(&input));
         // SAFETY: both tensors hold `count` elements of `kind` and are kept by the request until the operation ended.
         self.start(input, output, |request| unsafe {
             ffi::MPI_Iallreduce(from, to, count, kind, raw_op(op), self.raw, request)
@@ -159,12 +139,7 @@ impl Comm {
             input.numel() == output.numel() * self.size && input.kind() == output.kind(),
             "invariant: the input is one output for each rank"
         );
-        let (from, to, count, kind) = (
-            address(&input),
-            address(&output),
-            count(output.numel()),
-            datatype(&input),
-        );
+        let (from, to, count, kind) = (address(&input), address(&output), count(output.numel()), datatype(&input));
         // SAFETY: as in `all_reduce`, with `count` elements for each rank in `input`.
         self.start(input, output, |request| unsafe {
             ffi::MPI_Ireduce_scatter_block(from, to, count, kind, raw_op(Op::Sum), self.raw, request)
@@ -200,9 +175,7 @@ impl Comm {
     pub fn barrier(&self) -> Request {
         let nothing = || Tensor::zeros([0], (Kind::Uint8, Device::Cpu));
         // SAFETY: no buffers.
-        self.start(nothing(), nothing(), |request| unsafe {
-            ffi::MPI_Ibarrier(self.raw, request)
-        })
+        self.start(nothing(), nothing(), |request| unsafe { ffi::MPI_Ibarrier(self.raw, request) })
     }
 
     /// Lets MPI work on everything that was started: Open MPI moves data only inside its own calls.
@@ -231,10 +204,7 @@ impl Comm {
         let mut raw = unsafe { ffi::RSMPI_REQUEST_NULL };
         call(&raw mut raw);
         self.open.borrow_mut().push(raw);
-        Request {
-            raw,
-            tensors: Some((input, output)),
-        }
+        Request { raw, tensors: Some((input, output)) }
     }
 }
 
@@ -242,10 +212,7 @@ impl Request {
     /// The output of an operation that ended. Panics when it has not.
     pub fn take(mut self) -> Tensor {
         // SAFETY: a constant of the C shim.
-        assert!(
-            self.raw == unsafe { ffi::RSMPI_REQUEST_NULL },
-            "invariant: taken only when it is done"
-        );
+        assert!(self.raw == unsafe { ffi::RSMPI_REQUEST_NULL }, "invariant: taken only when it is done");
         self.tensors.take().expect("invariant: taken once").1
     }
 }
@@ -272,10 +239,7 @@ fn raw_op(op: Op) -> ffi::MPI_Op {
 }
 
 fn address(tensor: &Tensor) -> *mut std::ffi::c_void {
-    assert!(
-        tensor.is_contiguous() && tensor.device() == Device::Cpu,
-        "invariant: MPI takes contiguous host memory"
-    );
+    assert!(tensor.is_contiguous() && tensor.device() == Device::Cpu, "invariant: MPI takes contiguous host memory");
     tensor.data_ptr()
 }
 

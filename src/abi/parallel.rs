@@ -36,26 +36,13 @@ pub fn for_range(len: usize, grain: usize, body: &(dyn Fn(Range<usize>) + Sync))
     if len == 0 {
         return;
     }
-    let task = Task {
-        body,
-        panic: Mutex::new(None),
-    };
+    let task = Task { body, panic: Mutex::new(None) };
     // SAFETY: the loop returns only when all ranges are done, so `task` outlives every use; `trampoline` never unwinds.
     let code = unsafe {
-        torch_parallel_for(
-            0,
-            len as i64,
-            grain.max(1) as i64,
-            trampoline,
-            std::ptr::from_ref(&task).cast_mut().cast(),
-        )
+        torch_parallel_for(0, len as i64, grain.max(1) as i64, trampoline, std::ptr::from_ref(&task).cast_mut().cast())
     };
     assert_eq!(code, 0, "invariant: torch_parallel_for accepts any non-empty range");
-    if let Some(panic) = task
-        .panic
-        .into_inner()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-    {
+    if let Some(panic) = task.panic.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         resume_unwind(panic);
     }
 }
@@ -73,11 +60,7 @@ unsafe impl<T: Send> Sync for Chunks<T> {}
 impl<T> Chunks<T> {
     fn new(slice: &mut [T], chunk: usize) -> Self {
         assert!(chunk > 0 || slice.is_empty(), "invariant: chunks are not empty");
-        Self {
-            start: slice.as_mut_ptr(),
-            len: slice.len(),
-            chunk: chunk.max(1),
-        }
+        Self { start: slice.as_mut_ptr(), len: slice.len(), chunk: chunk.max(1) }
     }
 
     fn count(&self) -> usize {
@@ -115,11 +98,7 @@ pub fn for_chunks2<A: Send, B: Send>(
     body: impl Fn(usize, &mut [A], &mut [B]) + Sync,
 ) {
     let (first, second) = (Chunks::new(first, first_chunk), Chunks::new(second, second_chunk));
-    assert_eq!(
-        first.count(),
-        second.count(),
-        "invariant: two outputs of one loop have the same number of chunks"
-    );
+    assert_eq!(first.count(), second.count(), "invariant: two outputs of one loop have the same number of chunks");
     for_range(first.count(), grain, &|range| {
         for index in range {
             // SAFETY: `for_range` calls with disjoint ranges inside 0..count.

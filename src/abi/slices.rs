@@ -85,10 +85,7 @@ pub fn slice_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
 
 /// The bytes of a contiguous CPU tensor of any kind.
 pub fn bytes(tensor: &Tensor) -> &[u8] {
-    assert!(
-        tensor.is_contiguous() && tensor.device() == Device::Cpu,
-        "invariant: contiguous and on the CPU"
-    );
+    assert!(tensor.is_contiguous() && tensor.device() == Device::Cpu, "invariant: contiguous and on the CPU");
     let size = tensor.numel() * tensor.kind().elt_size_in_bytes();
     if size == 0 {
         return &[];
@@ -99,10 +96,7 @@ pub fn bytes(tensor: &Tensor) -> &[u8] {
 
 /// As [`bytes`], to write.
 pub fn bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
-    assert!(
-        tensor.is_contiguous() && tensor.device() == Device::Cpu,
-        "invariant: contiguous and on the CPU"
-    );
+    assert!(tensor.is_contiguous() && tensor.device() == Device::Cpu, "invariant: contiguous and on the CPU");
     let size = tensor.numel() * tensor.kind().elt_size_in_bytes();
     if size == 0 {
         return &mut [];
@@ -129,19 +123,7 @@ mod tests {
 
     #[test]
     fn bf16_rounds_as_libtorch_does() {
-        let values = [
-            0.0f32,
-            -0.0,
-            1.0,
-            -2.5,
-            1.003_906_3,
-            1.011_718_8,
-            3.0e38,
-            f32::INFINITY,
-            1e-40,
-            0.1,
-            -7.7e-3,
-        ];
+        let values = [0.0f32, -0.0, 1.0, -2.5, 1.003_906_3, 1.011_718_8, 3.0e38, f32::INFINITY, 1e-40, 0.1, -7.7e-3];
         let tensor = Tensor::from_slice(&values).to_kind(Kind::BFloat16);
         for (&bits, &value) in slice::<Bf16>(&tensor).iter().zip(&values) {
             assert_eq!(bits, Bf16::from_f32(value), "{value}");

@@ -22,10 +22,7 @@ pub enum ConfigError {
 
 impl ConfigError {
     pub(super) fn value(key: &str, reason: impl Into<String>) -> Self {
-        Self::Value {
-            key: key.to_owned(),
-            reason: reason.into(),
-        }
+        Self::Value { key: key.to_owned(), reason: reason.into() }
     }
 }
 
@@ -33,10 +30,7 @@ impl ConfigError {
 ///
 /// `overrides`: `table.key=value`, the value in TOML; a word that is no TOML value is taken as a string.
 pub fn from_file(path: &Path, overrides: &[String]) -> Result<Config, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-        path: path.to_owned(),
-        source,
-    })?;
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     from_str(&text, &path.display().to_string(), overrides)
 }
 
@@ -56,11 +50,7 @@ pub fn from_str(text: &str, name: &str, overrides: &[String]) -> Result<Config, 
             let original = toml::from_str::<Config>(text).err();
             match original {
                 Some(first) if first.message() == error.message() => parse_error(&first, text, name),
-                _ => parse_error(
-                    &error,
-                    &merged,
-                    &format!("{name} with --set {}", overrides.join(" --set ")),
-                ),
+                _ => parse_error(&error, &merged, &format!("{name} with --set {}", overrides.join(" --set "))),
             }
         })?
     };
@@ -88,17 +78,11 @@ pub fn json_schema() -> String {
 }
 
 fn apply_override(table: &mut toml::Table, text: &str) -> Result<(), ConfigError> {
-    let refuse = |reason: &str| ConfigError::Override {
-        text: text.to_owned(),
-        reason: reason.to_owned(),
-    };
+    let refuse = |reason: &str| ConfigError::Override { text: text.to_owned(), reason: reason.to_owned() };
     let (path, value) = text.split_once('=').ok_or_else(|| refuse("there is no '='"))?;
     let value = parse_value(value.trim());
     let mut keys: Vec<&str> = path.trim().split('.').collect();
-    let last = keys
-        .pop()
-        .filter(|key| !key.is_empty())
-        .ok_or_else(|| refuse("the key is empty"))?;
+    let last = keys.pop().filter(|key| !key.is_empty()).ok_or_else(|| refuse("the key is empty"))?;
     let mut at = table;
     for key in keys {
         at = at
@@ -188,11 +172,7 @@ lr = 1e-5
 
     #[test]
     fn overrides_change_values_and_may_supply_tables() {
-        let set = [
-            "parallel.tp=2",
-            "schedule.warmup=1 epoch",
-            "data.template.prompt=Q: {question}",
-        ];
+        let set = ["parallel.tp=2", "schedule.warmup=1 epoch", "data.template.prompt=Q: {question}"];
         let mut set: Vec<String> = set.iter().map(|s| (*s).to_owned()).collect();
         set.push("data.template.answer={answer}".to_owned());
         let config = from_str(GA, "a.toml", &set).unwrap();
@@ -219,18 +199,8 @@ lr = 1e-5
     #[test]
     fn the_schema_names_every_table() {
         let schema = json_schema();
-        for table in [
-            "run",
-            "model",
-            "parallel",
-            "data",
-            "method",
-            "train",
-            "optimizer",
-            "schedule",
-            "eval",
-            "export",
-        ] {
+        for table in ["run", "model", "parallel", "data", "method", "train", "optimizer", "schedule", "eval", "export"]
+        {
             assert!(schema.contains(&format!("\"{table}\"")), "{table}");
         }
     }

@@ -101,13 +101,7 @@ pub struct Parallel {
 
 impl Default for Parallel {
     fn default() -> Self {
-        Self {
-            tp: 1,
-            dp: Dp::Auto,
-            sequence_parallel: false,
-            zero: true,
-            bucket_mib: 160.0,
-        }
+        Self { tp: 1, dp: Dp::Auto, sequence_parallel: false, zero: true, bucket_mib: 160.0 }
     }
 }
 
@@ -318,10 +312,7 @@ pub struct Schedule {
 
 impl Default for Schedule {
     fn default() -> Self {
-        Self {
-            name: ScheduleName::Linear,
-            warmup: Warmup::Fraction(0.0),
-        }
+        Self { name: ScheduleName::Linear, warmup: Warmup::Fraction(0.0) }
     }
 }
 
@@ -358,12 +349,7 @@ pub struct Eval {
 
 impl Default for Eval {
     fn default() -> Self {
-        Self {
-            before: true,
-            after: true,
-            every: 0,
-            max_samples: 400,
-        }
+        Self { before: true, after: true, every: 0, max_samples: 400 }
     }
 }
 
@@ -381,11 +367,7 @@ pub struct Export {
 
 impl Default for Export {
     fn default() -> Self {
-        Self {
-            model: true,
-            dtype: ExportDtype::Same,
-            max_shard_mib: 4768,
-        }
+        Self { model: true, dtype: ExportDtype::Same, max_shard_mib: 4768 }
     }
 }
 

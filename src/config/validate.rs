@@ -16,11 +16,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         return Err(ConfigError::value("parallel.dp", "is 0; write \"auto\" or at least 1"));
     }
     if parallel.sequence_parallel && parallel.tp == 1 {
-        return no_effect(
-            "parallel.sequence_parallel",
-            "with parallel.tp = 1",
-            "set parallel.tp or remove it",
-        );
+        return no_effect("parallel.sequence_parallel", "with parallel.tp = 1", "set parallel.tp or remove it");
     }
     positive("run.timeout", config.run.timeout as f64)?;
     positive("export.max_shard_mib", config.export.max_shard_mib as f64)
@@ -35,11 +31,7 @@ fn method(config: &Config) -> Result<(), ConfigError> {
     }
     if method.objective == Objective::Finetune {
         if method.forget_weight.is_some() {
-            return no_effect(
-                "method.forget_weight",
-                "with method.objective = \"finetune\"",
-                "remove it",
-            );
+            return no_effect("method.forget_weight", "with method.objective = \"finetune\"", "remove it");
         }
         if method.retain != Retain::None {
             return Err(ConfigError::value(
@@ -74,11 +66,7 @@ fn data(config: &Config) -> Result<(), ConfigError> {
             ));
         }
         (false, Some(_), _) => {
-            return no_effect(
-                "data.train",
-                "unless method.objective = \"finetune\"",
-                "write data.forget instead",
-            );
+            return no_effect("data.train", "unless method.objective = \"finetune\"", "write data.forget instead");
         }
         (false, None, None) => {
             return Err(ConfigError::value(
@@ -106,23 +94,13 @@ fn data(config: &Config) -> Result<(), ConfigError> {
             );
         }
     }
-    for (key, source) in [
-        ("data.forget", &data.forget),
-        ("data.retain", &data.retain),
-        ("data.train", &data.train),
-    ] {
+    for (key, source) in [("data.forget", &data.forget), ("data.retain", &data.retain), ("data.train", &data.train)] {
         if source.as_ref().is_some_and(|source| source.limit == Some(0)) {
-            return Err(ConfigError::value(
-                &format!("{key}.limit"),
-                "is 0; write at least 1 or remove it",
-            ));
+            return Err(ConfigError::value(&format!("{key}.limit"), "is 0; write at least 1 or remove it"));
         }
     }
     if data.max_length < 2 {
-        return Err(ConfigError::value(
-            "data.max_length",
-            format!("is {}; write at least 2", data.max_length),
-        ));
+        return Err(ConfigError::value("data.max_length", format!("is {}; write at least 2", data.max_length)));
     }
     Ok(())
 }
@@ -131,16 +109,10 @@ fn train(config: &Config) -> Result<(), ConfigError> {
     let train = &config.train;
     match (train.epochs, train.steps) {
         (None, None) => {
-            return Err(ConfigError::value(
-                "train.epochs",
-                "missing; write either epochs or steps",
-            ));
+            return Err(ConfigError::value("train.epochs", "missing; write either epochs or steps"));
         }
         (Some(_), Some(_)) => {
-            return Err(ConfigError::value(
-                "train.steps",
-                "given together with train.epochs; write only one of them",
-            ));
+            return Err(ConfigError::value("train.steps", "given together with train.epochs; write only one of them"));
         }
         _ => {}
     }
@@ -155,11 +127,9 @@ fn optimizer(config: &Config) -> Result<(), ConfigError> {
     not_negative("optimizer.weight_decay", optimizer.weight_decay)?;
     not_negative("optimizer.max_grad_norm", optimizer.max_grad_norm)?;
     match optimizer.name {
-        OptimizerName::Adamw if optimizer.momentum.is_some() => no_effect(
-            "optimizer.momentum",
-            "with name = \"adamw\"",
-            "remove it or write betas",
-        ),
+        OptimizerName::Adamw if optimizer.momentum.is_some() => {
+            no_effect("optimizer.momentum", "with name = \"adamw\"", "remove it or write betas")
+        }
         OptimizerName::Sgd if optimizer.betas.is_some() => {
             no_effect("optimizer.betas", "with name = \"sgd\"", "remove it or write momentum")
         }
@@ -195,11 +165,7 @@ fn finite(key: &str, value: f64) -> Result<(), ConfigError> {
 }
 
 fn check(key: &str, value: f64, good: bool, expected: &str) -> Result<(), ConfigError> {
-    if good {
-        Ok(())
-    } else {
-        Err(ConfigError::value(key, format!("is {value}; expected {expected}")))
-    }
+    if good { Ok(()) } else { Err(ConfigError::value(key, format!("is {value}; expected {expected}"))) }
 }
 
 #[cfg(test)]
@@ -231,43 +197,19 @@ lr = 1e-5
 
     #[test]
     fn what_has_no_effect_is_refused() {
-        refused(
-            &["method.objective=ga", "method.beta=0.1"],
-            "method.beta: has no effect unless",
-        );
-        refused(
-            &["method.retain=none", "method.retain_weight=2"],
-            "method.retain_weight: has no effect",
-        );
-        refused(
-            &["method.compat=openunlearning"],
-            "method.compat: has no effect unless method.retain = \"kl\"",
-        );
-        refused(
-            &["parallel.sequence_parallel=true"],
-            "parallel.sequence_parallel: has no effect",
-        );
+        refused(&["method.objective=ga", "method.beta=0.1"], "method.beta: has no effect unless");
+        refused(&["method.retain=none", "method.retain_weight=2"], "method.retain_weight: has no effect");
+        refused(&["method.compat=openunlearning"], "method.compat: has no effect unless method.retain = \"kl\"");
+        refused(&["parallel.sequence_parallel=true"], "parallel.sequence_parallel: has no effect");
         refused(&["optimizer.momentum=0.9"], "optimizer.momentum: has no effect");
-        refused(
-            &["optimizer.name=sgd", "optimizer.eps=1e-6"],
-            "optimizer.eps: has no effect",
-        );
-        refused(
-            &["data.train={path='t', kind='qa'}"],
-            "data.train: has no effect unless",
-        );
-        refused(
-            &["method.retain=none", "eval.before=false", "eval.after=false"],
-            "data.retain: has no effect",
-        );
+        refused(&["optimizer.name=sgd", "optimizer.eps=1e-6"], "optimizer.eps: has no effect");
+        refused(&["data.train={path='t', kind='qa'}"], "data.train: has no effect unless");
+        refused(&["method.retain=none", "eval.before=false", "eval.after=false"], "data.retain: has no effect");
     }
 
     #[test]
     fn what_a_method_needs_is_asked_for() {
-        refused(
-            &["method.objective=finetune", "method.retain=none"],
-            "data.train: missing",
-        );
+        refused(&["method.objective=finetune", "method.retain=none"], "data.train: missing");
         refused(&["method.objective=finetune"], "method.retain: objective \"finetune\"");
     }
 

@@ -1,5 +1,8 @@
 //! One data file as tokens, with its identity and everything a user should know about how it was read.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet};
 use std::num::NonZero;
 use std::path::PathBuf;
@@ -71,6 +74,14 @@ impl Tally {
     }
 }
 
+const STRADDLING: &str = "have a token that holds both the end of the prompt and the beginning of the answer; it is \
+    scored, but a model that is asked gets the prompt without it: let the prompt not end in a space, and begin the answer \
+    with one";
+const PREFIX_BROKEN: &str = "have a prompt that the chat template writes in one way before an answer and in another with it; \
+    the model is trained on the second and asked with the first";
+const DOUBLED_BOS: &str =
+    "begin with two begin-of-text tokens: the tokenizer adds one, so leave it out of the template";
+
 impl Dataset {
     /// Reads and tokenises a source, on all cores. The result depends on nothing but file, encoder and `max_length`.
     ///
@@ -109,69 +120,46 @@ impl Dataset {
         let Stats {
             records,
             samples,
-            truncated,
             tokens_lost,
-            split,
             windows,
             ..
         } = self.stats;
         let Stats {
+            truncated,
+            split,
             straddling,
             prefix_broken,
             doubled_bos,
             duplicates,
             ..
         } = self.stats;
-        let max_length = self.max_length;
-        let of_records = |tally: Tally| format!("{} of {records} samples", tally.count);
-        let texts = [
-            (
+        let limit = format!("longer than data.max_length = {}", self.max_length);
+        let warn = |tally: Tally, of: usize, what: &str, said: &str| {
+            let line = tally.first_line?;
+            Some(format!(
+                "{}: {} of {of} {what} {said} (first: line {line})",
+                self.name, tally.count
+            ))
+        };
+        let warnings = [
+            warn(
                 truncated,
-                format!(
-                    "{} are longer than data.max_length = {max_length}; {tokens_lost} tokens at their ends are cut off",
-                    of_records(truncated)
-                ),
+                records,
+                "samples",
+                &format!("are {limit}; {tokens_lost} tokens at their ends are cut off"),
             ),
-            (
+            warn(
                 split,
-                format!(
-                    "{} of {records} texts are longer than data.max_length = {max_length} and became {windows} windows",
-                    split.count
-                ),
+                records,
+                "texts",
+                &format!("are {limit} and became {windows} windows"),
             ),
-            (
-                straddling,
-                format!(
-                    "in {} one token holds both the end of the prompt and the beginning of the answer; it is scored, but when the model \
-                 answers it is given the prompt without it: let the prompt not end in a space, and begin the answer with one",
-                    of_records(straddling)
-                ),
-            ),
-            (
-                prefix_broken,
-                format!(
-                    "in {} the chat template writes the prompt in one way before an answer and in another way with it; the model \
-                 is trained on the second and asked with the first",
-                    of_records(prefix_broken)
-                ),
-            ),
-            (
-                doubled_bos,
-                format!(
-                    "{} begin with two begin-of-text tokens: the tokenizer adds one, so leave it out of data.template.prompt",
-                    of_records(doubled_bos)
-                ),
-            ),
-            (
-                duplicates,
-                format!("{} of {samples} samples are equal to an earlier one", duplicates.count),
-            ),
+            warn(straddling, records, "samples", STRADDLING),
+            warn(prefix_broken, records, "samples", PREFIX_BROKEN),
+            warn(doubled_bos, records, "samples", DOUBLED_BOS),
+            warn(duplicates, samples, "samples", "are equal to an earlier one"),
         ];
-        let told = texts
-            .into_iter()
-            .filter_map(|(tally, text)| Some((tally.first_line?, text)));
-        told.map(|(line, text)| format!("{}: {text} (first: line {line})", self.name))
-            .collect()
+        warnings.into_iter().flatten().collect()
     }
 
     fn push(&mut self, line: usize, encoded: Encoded) {

@@ -1,4 +1,5 @@
-//! What can be wrong with a user's data, tokenizer or template. Every message says where, what was found and what to write.
+//! What can be wrong with a user's data, tokenizer or template. Every message says where, what was found and what to
+//! write.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,7 +35,10 @@ pub enum DataError {
         kind: &'static str,
     },
 
-    #[error("{}:{line}: no field {field:?}, which kind {kind:?} needs; the fields there: {present}; {fix}", path.display())]
+    #[error(
+        "{}:{line}: no field {field:?}, which kind {kind:?} needs; the fields there: {present}; {fix}",
+        path.display()
+    )]
     MissingField {
         path: PathBuf,
         line: usize,
@@ -96,13 +100,15 @@ pub enum DataError {
     },
 
     #[error(
-        "no end-of-text token in {}: expected eos_token in tokenizer_config.json, or eos_token_id in generation_config.json or config.json",
+        "no end-of-text token in {}: expected eos_token in tokenizer_config.json, or eos_token_id in \
+         generation_config.json or config.json",
         folder.display()
     )]
     NoEos { folder: PathBuf },
 
     #[error(
-        "no chat template in {} (neither chat_template.jinja nor chat_template in tokenizer_config.json): write data.template = {{ prompt = \"Question: {{question}}\\nAnswer:\", answer = \" {{answer}}\" }}",
+        "no chat template in {} (neither chat_template.jinja nor chat_template in tokenizer_config.json): write \
+         data.template = {{ prompt = \"Question: {{question}}\\nAnswer:\", answer = \" {{answer}}\" }}",
         folder.display()
     )]
     NoChatTemplate { folder: PathBuf },
@@ -111,7 +117,8 @@ pub enum DataError {
     ChatNeedsChatTemplate,
 
     #[error(
-        "data.system has no effect on a prompt and answer template: put its text into data.template.prompt, or use data.template = \"chat\""
+        "data.system has no effect on a prompt and answer template: put its text into data.template.prompt, or use \
+         data.template = \"chat\""
     )]
     SystemWithoutChat,
 
@@ -185,9 +192,9 @@ fn prompt_fills_window(error: &DataError) -> String {
         unreachable!("only called for its own variant");
     };
     format!(
-        "{}: {count} of {samples} samples have a prompt of data.max_length = {max_length} tokens or more, so that nothing of \
-         their answer is left to score; the first is line {line} with a prompt of {prompt} tokens; set data.max_length to at \
-         least {least} ({longest} cuts no sample), or remove them",
+        "{}: {count} of {samples} samples have a prompt of data.max_length = {max_length} tokens or more, so that \
+         nothing of their answer is left to score; the first is line {line} with a prompt of {prompt} tokens; set \
+         data.max_length to at least {least} ({longest} cuts no sample), or remove them",
         path.display()
     )
 }

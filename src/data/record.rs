@@ -1,4 +1,8 @@
-//! JSONL readers: one line becomes one [`Record`], or an error that names file, line, field, what is there and what to write.
+//! JSONL readers: one line becomes one [`Record`], or an error that names file, line, field, what is there and what to
+//! write.
+
+#[cfg(test)]
+mod tests;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind};
@@ -60,7 +64,8 @@ impl Role {
 /// `name` is the configuration key of the source, such as `data.forget`: errors say which key to set.
 ///
 /// # Errors
-/// A file that cannot be read, is not JSONL or holds no sample; a line that is not UTF-8, not JSON, or not of the source's kind.
+/// A file that cannot be read, is not JSONL or holds no sample; a line that is not UTF-8, not JSON, or not of the
+/// source's kind.
 pub fn read(name: &str, source: &Source) -> Result<Vec<Record>, DataError> {
     if source.limit == Some(0) {
         return Err(DataError::NoSample {
@@ -68,47 +73,35 @@ pub fn read(name: &str, source: &Source) -> Result<Vec<Record>, DataError> {
             reason: format!("{name}.limit is 0, expected at least 1 or no limit"),
         });
     }
-    let mut reader = open(&source.path)?;
     let limit = source.limit.unwrap_or(usize::MAX);
     let mut records = Vec::new();
-    let mut bytes = Vec::new();
-    for number in 1.. {
-        bytes.clear();
-        let num_read = reader
-            .read_until(b'\n', &mut bytes)
-            .map_err(|e| unreadable(&source.path, e))?;
-        if num_read == 0 || records.len() == limit {
-            break;
-        }
+    for (number, bytes) in (1..).zip(open(&source.path)?.split(b'\n')) {
+        let mut bytes = bytes.map_err(|e| unreadable(&source.path, e))?;
         let line = Line { name, source, number };
         if number == 1 {
             line.refuse_other_formats(&bytes)?;
+            if bytes.starts_with(BYTE_ORDER_MARK) {
+                bytes.drain(..BYTE_ORDER_MARK.len());
+            }
         }
-        let bytes = if number == 1 {
-            bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes)
-        } else {
-            &bytes
-        };
-        let text = std::str::from_utf8(bytes).map_err(|e| DataError::Utf8 {
-            path: source.path.clone(),
-            line: number,
-            byte: e.valid_up_to() + 1,
-        })?;
-        if !text.trim().is_empty() {
-            records.push(Record {
-                line: number,
-                content: line.parse(text)?,
-            });
+        if let Some(content) = line.parse(&bytes)? {
+            records.push(Record { line: number, content });
+        }
+        if records.len() == limit {
+            break;
         }
     }
     if records.is_empty() {
+        let reason = "it is empty or all its lines are blank".to_owned();
         return Err(DataError::NoSample {
             path: source.path.clone(),
-            reason: "every line is blank".to_owned(),
+            reason,
         });
     }
     Ok(records)
 }
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 fn open(path: &Path) -> Result<BufReader<File>, DataError> {
     if path.is_dir() {
@@ -187,7 +180,20 @@ impl Line<'_> {
         })
     }
 
-    fn parse(&self, text: &str) -> Result<Content, DataError> {
+    /// `None` for a blank line.
+    fn parse(&self, bytes: &[u8]) -> Result<Option<Content>, DataError> {
+        let (path, line) = (|| self.source.path.clone(), self.number);
+        let text = std::str::from_utf8(bytes).map_err(|e| {
+            let byte = e.valid_up_to() + 1;
+            DataError::Utf8 {
+                path: path(),
+                line,
+                byte,
+            }
+        })?;
+        if text.trim().is_empty() {
+            return Ok(None);
+        }
         let value: Value = serde_json::from_str(text).map_err(|e| {
             let hint = if e.is_eof() {
                 "; a JSON object must stand on one line"
@@ -195,28 +201,31 @@ impl Line<'_> {
                 ""
             };
             DataError::Json {
-                path: self.source.path.clone(),
-                line: self.number,
+                path: path(),
+                line,
                 reason: format!("{e}{hint}"),
             }
         })?;
         let Value::Object(object) = value else {
-            let (path, line) = (self.source.path.clone(), self.number);
             return Err(DataError::NotObject {
-                path,
+                path: path(),
                 line,
                 found: describe(&value),
                 kind: self.source.kind.name(),
             });
         };
+        self.content(&object).map(Some)
+    }
+
+    fn content(&self, object: &Map<String, Value>) -> Result<Content, DataError> {
         let fields = &self.source.fields;
         match self.source.kind {
             Kind::Qa => Ok(Content::Qa {
-                question: self.text(&object, "question", fields.question.as_deref())?,
-                answer: self.text(&object, "answer", fields.answer.as_deref())?,
+                question: self.text(object, "question", fields.question.as_deref())?,
+                answer: self.text(object, "answer", fields.answer.as_deref())?,
             }),
-            Kind::Text => Ok(Content::Text(self.text(&object, "text", fields.text.as_deref())?)),
-            Kind::Chat => self.messages(&object, fields.messages.as_deref()).map(Content::Chat),
+            Kind::Text => Ok(Content::Text(self.text(object, "text", fields.text.as_deref())?)),
+            Kind::Chat => self.messages(object, fields.messages.as_deref()).map(Content::Chat),
         }
     }
 

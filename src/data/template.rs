@@ -1,8 +1,11 @@
 //! Templates: how a question and its answer, or a list of messages, become text.
 //!
-//! A tokenizer's chat template is Jinja, rendered as Hugging Face transformers renders it (`apply_chat_template`), except
-//! that `strftime_now` always returns 26 July 2024: the same run must see the same text on any day. That is the date the
-//! Llama 3 templates fall back to.
+//! A tokenizer's chat template is Jinja, rendered as Hugging Face transformers renders it (`apply_chat_template`),
+//! except that `strftime_now` always returns 26 July 2024: the same run must see the same text on any day. That is the
+//! date the Llama 3 templates fall back to.
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -32,8 +35,8 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// The template in `chat_template.jinja`, else in `chat_template` of `tokenizer_config.json` (`config`): a string, or a
-    /// list of `{name, template}` of which `default` is taken. `None` if the folder has neither.
+    /// The template in `chat_template.jinja`, else in `chat_template` of `tokenizer_config.json` (`config`): a string,
+    /// or a list of `{name, template}` of which `default` is taken. `None` if the folder has neither.
     ///
     /// # Errors
     /// A template that does not parse, or of another type.
@@ -220,8 +223,8 @@ fn syntax() -> SyntaxConfig {
         .expect("the default delimiters are valid")
 }
 
-/// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`, which transformers puts in place of Jinja's filter: that
-/// one writes `<`, `>`, `&` and `'` as escapes.
+/// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`, which transformers puts in place of Jinja's filter:
+/// that one writes `<`, `>`, `&` and `'` as escapes.
 fn tojson(value: &Jinja, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let json_error = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());

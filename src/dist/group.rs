@@ -60,26 +60,14 @@ pub struct Pending(State);
 
 enum State {
     Done(Tensor),
-    Open {
-        ticket: Box<dyn Ticket>,
-        what: String,
-        watchdog: Watchdog,
-        traffic: Rc<Cell<Traffic>>,
-    },
+    Open { ticket: Box<dyn Ticket>, what: String, watchdog: Watchdog, traffic: Rc<Cell<Traffic>> },
 }
 
 impl Group {
     /// A group of one.
     pub fn solo(axis: &'static str) -> Self {
         let watchdog = Watchdog::new(Duration::MAX);
-        Self {
-            axis,
-            rank: 0,
-            size: 1,
-            transport: None,
-            watchdog,
-            traffic: Rc::default(),
-        }
+        Self { axis, rank: 0, size: 1, transport: None, watchdog, traffic: Rc::default() }
     }
 
     pub(super) fn new(
@@ -90,14 +78,7 @@ impl Group {
         dog: &Watchdog,
     ) -> Self {
         let transport = (size > 1).then_some(carrier);
-        Self {
-            axis,
-            rank,
-            size,
-            transport,
-            watchdog: dog.clone(),
-            traffic: Rc::default(),
-        }
+        Self { axis, rank, size, transport, watchdog: dog.clone(), traffic: Rc::default() }
     }
 
     pub fn rank(&self) -> usize {
@@ -154,16 +135,9 @@ impl Group {
             return Pending(State::Done(input.shallow_clone()));
         };
         let output = self.part(input);
-        let ticket = self.timed("reduce_scatter", input, || {
-            transport.reduce_scatter(input.contiguous(), output)
-        });
+        let ticket = self.timed("reduce_scatter", input, || transport.reduce_scatter(input.contiguous(), output));
         let what = format!("reduce_scatter on {}", self.axis);
-        Pending(State::Open {
-            ticket,
-            what,
-            watchdog: self.watchdog.clone(),
-            traffic: Rc::clone(&self.traffic),
-        })
+        Pending(State::Open { ticket, what, watchdog: self.watchdog.clone(), traffic: Rc::clone(&self.traffic) })
     }
 
     /// The sum over the group of `input` (`size` equal parts along dimension 0), this rank's part of it, in `input`'s kind.
@@ -214,20 +188,13 @@ impl Group {
             return vec![bytes.to_vec()];
         }
         let lengths = self.all_gather(&Tensor::from_slice(&[bytes.len() as i64]));
-        let lengths: Vec<usize> = crate::abi::slices::slice::<i64>(&lengths)
-            .iter()
-            .map(|&n| n as usize)
-            .collect();
+        let lengths: Vec<usize> = crate::abi::slices::slice::<i64>(&lengths).iter().map(|&n| n as usize).collect();
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let mut padded = bytes.to_vec();
         padded.resize(longest, 0);
         let all = self.all_gather(&Tensor::from_slice(&padded));
         let all = crate::abi::slices::slice::<u8>(&all);
-        lengths
-            .iter()
-            .enumerate()
-            .map(|(rank, &len)| all[rank * longest..][..len].to_vec())
-            .collect()
+        lengths.iter().enumerate().map(|(rank, &len)| all[rank * longest..][..len].to_vec()).collect()
     }
 
     /// Rank `root`'s bytes on every rank. All ranks of the group call it.
@@ -249,9 +216,7 @@ impl Group {
     /// Copies rank `root`'s contiguous `tensor` into everybody's. All ranks of the group call it.
     pub fn broadcast(&self, tensor: &mut Tensor, root: usize) {
         if let Some(transport) = &self.transport {
-            self.timed("broadcast", &tensor.shallow_clone(), || {
-                transport.broadcast(tensor, root)
-            });
+            self.timed("broadcast", &tensor.shallow_clone(), || transport.broadcast(tensor, root));
         }
     }
 
@@ -272,12 +237,7 @@ impl Group {
 
     fn part(&self, input: &Tensor) -> Tensor {
         let mut shape = input.size();
-        assert_eq!(
-            shape[0] % self.size as i64,
-            0,
-            "invariant: {shape:?} divides into {} parts",
-            self.size
-        );
+        assert_eq!(shape[0] % self.size as i64, 0, "invariant: {shape:?} divides into {} parts", self.size);
         shape[0] /= self.size as i64;
         Tensor::empty(&shape, (input.kind(), input.device()))
     }
@@ -285,15 +245,8 @@ impl Group {
     fn timed<T>(&self, op: &'static str, tensor: &Tensor, call: impl FnOnce() -> T) -> T {
         let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
         let start = Instant::now();
-        let describe = || {
-            format!(
-                "{op} of {:?} {:?} on {} ({} ranks)",
-                tensor.size(),
-                tensor.kind(),
-                self.axis,
-                self.size
-            )
-        };
+        let describe =
+            || format!("{op} of {:?} {:?} on {} ({} ranks)", tensor.size(), tensor.kind(), self.axis, self.size);
         let result = self.watchdog.watch(describe, call);
         let mut traffic = self.traffic.get();
         traffic.time += start.elapsed();
@@ -305,16 +258,16 @@ impl Group {
 }
 
 impl Pending {
+    /// A collective that has nothing left to wait for.
+    pub fn done(result: Tensor) -> Self {
+        Self(State::Done(result))
+    }
+
     /// This rank's part of the sum. All ranks of the group wait for their collectives in the same order.
     pub fn wait(self) -> Tensor {
         match self.0 {
             State::Done(tensor) => tensor,
-            State::Open {
-                ticket,
-                what,
-                watchdog,
-                traffic,
-            } => {
+            State::Open { ticket, what, watchdog, traffic } => {
                 let start = Instant::now();
                 let tensor = watchdog.watch(|| what, || ticket.wait());
                 let mut total = traffic.get();

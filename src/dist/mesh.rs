@@ -34,19 +34,13 @@ impl Mesh {
                 let hint = if world < tp {
                     format!("start it with `mpirun -n {tp}` (or a multiple), or lower parallel.tp")
                 } else {
-                    let legal: Vec<String> = (1..=world)
-                        .filter(|n| world.is_multiple_of(*n))
-                        .map(|n| n.to_string())
-                        .collect();
+                    let legal: Vec<String> =
+                        (1..=world).filter(|n| world.is_multiple_of(*n)).map(|n| n.to_string()).collect();
                     format!("legal values are {}", legal.join(", "))
                 };
                 Err(MeshError::TpDoesNotDivide { tp, world, hint })
             }
-            _ => Ok(Self {
-                rank,
-                tp,
-                dp: world / tp,
-            }),
+            _ => Ok(Self { rank, tp, dp: world / tp }),
         }
     }
 
@@ -66,12 +60,7 @@ impl Mesh {
 impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Self { rank, tp, dp } = self;
-        write!(
-            f,
-            "rank {rank} = dp {}/{dp}, tp {}/{tp}",
-            self.dp_rank(),
-            self.tp_rank()
-        )
+        write!(f, "rank {rank} = dp {}/{dp}, tp {}/{tp}", self.dp_rank(), self.tp_rank())
     }
 }
 
@@ -90,10 +79,7 @@ mod tests {
     fn tp_is_the_fastest_axis() {
         let places: Vec<_> = (0..8).map(|rank| Mesh::new(rank, 8, 4, None).unwrap()).collect();
         assert_eq!(places[5].to_string(), "rank 5 = dp 1/2, tp 1/4");
-        assert_eq!(
-            places.iter().map(Mesh::tp_rank).collect::<Vec<_>>(),
-            [0, 1, 2, 3, 0, 1, 2, 3]
-        );
+        assert_eq!(places.iter().map(Mesh::tp_rank).collect::<Vec<_>>(), [0, 1, 2, 3, 0, 1, 2, 3]);
     }
 
     #[test]

@@ -46,10 +46,7 @@ impl Transport for Mpi {
     }
 
     fn reduce_scatter(&self, input: Tensor, output: Tensor) -> Box<dyn Ticket> {
-        Box::new(Started {
-            request: self.0.reduce_scatter(input, output),
-            mpi: self.clone(),
-        })
+        Box::new(Started { request: self.0.reduce_scatter(input, output), mpi: self.clone() })
     }
 
     fn all_gather(&self, input: &Tensor, output: &mut Tensor) {

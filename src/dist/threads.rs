@@ -58,23 +58,15 @@ pub fn run_threads<T: Send>(tp: usize, dp: usize, body: impl Fn(World) -> T + Sy
                 })
             })
             .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().expect("invariant: panics are caught inside"))
-            .collect()
+        threads.into_iter().map(|thread| thread.join().expect("invariant: panics are caught inside")).collect()
     });
     // The rank that failed first is the one whose message is not about another rank.
-    let first = results
-        .iter()
-        .filter_map(|r| r.as_ref().err())
-        .min_by_key(|text| text.contains("left its collectives"));
+    let first =
+        results.iter().filter_map(|r| r.as_ref().err()).min_by_key(|text| text.contains("left its collectives"));
     if let Some(message) = first {
         panic!("{message}");
     }
-    results
-        .into_iter()
-        .map(|r| r.unwrap_or_else(|_| unreachable!("checked above")))
-        .collect()
+    results.into_iter().map(|r| r.unwrap_or_else(|_| unreachable!("checked above"))).collect()
 }
 
 /// Where the ranks of one group exchange bytes: round k is complete when every rank has brought its bytes.
@@ -97,20 +89,13 @@ struct Round {
 
 impl Meeting {
     fn new(size: usize) -> Self {
-        Self {
-            size,
-            state: Mutex::default(),
-            changed: Condvar::new(),
-        }
+        Self { size, state: Mutex::default(), changed: Condvar::new() }
     }
 
     fn bring(&self, round: u64, rank: usize, bytes: Vec<u8>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let size = self.size;
-        let entry = state.open.entry(round).or_insert_with(|| Round {
-            brought: vec![None; size],
-            taken: 0,
-        });
+        let entry = state.open.entry(round).or_insert_with(|| Round { brought: vec![None; size], taken: 0 });
         entry.brought[rank] = Some(Arc::new(bytes));
         self.changed.notify_all();
     }
@@ -120,26 +105,16 @@ impl Meeting {
         let (mut state, timeout) = self
             .changed
             .wait_timeout_while(state, PATIENCE, |state| {
-                let complete = state
-                    .open
-                    .get(&round)
-                    .is_some_and(|round| round.brought.iter().all(Option::is_some));
+                let complete = state.open.get(&round).is_some_and(|round| round.brought.iter().all(Option::is_some));
                 !complete && state.failed.is_none()
             })
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(rank) = state.failed {
             panic!("rank {rank} left its collectives");
         }
-        assert!(
-            !timeout.timed_out(),
-            "no answer from the other threads; collectives out of step"
-        );
+        assert!(!timeout.timed_out(), "no answer from the other threads; collectives out of step");
         let entry = state.open.get_mut(&round).expect("invariant: waited for it");
-        let all = entry
-            .brought
-            .iter()
-            .map(|bytes| Arc::clone(bytes.as_ref().expect("invariant: complete")))
-            .collect();
+        let all = entry.brought.iter().map(|bytes| Arc::clone(bytes.as_ref().expect("invariant: complete"))).collect();
         entry.taken += 1;
         if entry.taken == self.size {
             state.open.remove(&round);
@@ -162,11 +137,7 @@ struct Threads {
 
 impl Threads {
     fn new(meeting: &Arc<Meeting>, rank: usize) -> Self {
-        Self {
-            meeting: Arc::clone(meeting),
-            rank,
-            round: std::cell::Cell::new(0),
-        }
+        Self { meeting: Arc::clone(meeting), rank, round: std::cell::Cell::new(0) }
     }
 
     fn bring(&self, tensor: &Tensor) -> u64 {
@@ -191,20 +162,11 @@ impl Transport for Threads {
 
     fn reduce_scatter(&self, input: Tensor, output: Tensor) -> Box<dyn Ticket> {
         let round = self.bring(&input);
-        Box::new(Brought {
-            meeting: Arc::clone(&self.meeting),
-            round,
-            rank: self.rank,
-            output,
-        })
+        Box::new(Brought { meeting: Arc::clone(&self.meeting), round, rank: self.rank, output })
     }
 
     fn all_gather(&self, input: &Tensor, output: &mut Tensor) {
-        let all: Vec<u8> = self
-            .exchange(&input.contiguous())
-            .iter()
-            .flat_map(|bytes| bytes.iter().copied())
-            .collect();
+        let all: Vec<u8> = self.exchange(&input.contiguous()).iter().flat_map(|bytes| bytes.iter().copied()).collect();
         slices::bytes_mut(output).copy_from_slice(&all);
     }
 
@@ -231,12 +193,7 @@ impl Ticket for Brought {
     fn wait(self: Box<Self>) -> Tensor {
         let all = self.meeting.take(self.round);
         let size = slices::bytes(&self.output).len();
-        combine(
-            &all,
-            self.rank * size..(self.rank + 1) * size,
-            &self.output,
-            Reduce::Sum,
-        )
+        combine(&all, self.rank * size..(self.rank + 1) * size, &self.output, Reduce::Sum)
     }
 }
 

@@ -25,11 +25,7 @@ struct Wait {
 impl Watchdog {
     /// A watchdog that only remembers.
     pub fn new(deadline: Duration) -> Self {
-        let state = State {
-            waiting: Mutex::new(None),
-            stop: AtomicBool::new(false),
-            deadline: Mutex::new(deadline),
-        };
+        let state = State { waiting: Mutex::new(None), stop: AtomicBool::new(false), deadline: Mutex::new(deadline) };
         Self { state: Arc::new(state) }
     }
 
@@ -66,10 +62,7 @@ impl Watchdog {
 
     /// Runs a wait under observation.
     pub(super) fn watch<T>(&self, what: impl FnOnce() -> String, wait: impl FnOnce() -> T) -> T {
-        *lock(&self.state.waiting) = Some(Wait {
-            what: what(),
-            since: Instant::now(),
-        });
+        *lock(&self.state.waiting) = Some(Wait { what: what(), since: Instant::now() });
         let result = wait();
         *lock(&self.state.waiting) = None;
         result
@@ -95,10 +88,7 @@ mod tests {
             || "all_reduce on tp".into(),
             || {
                 let message = receive.recv_timeout(Duration::from_secs(10)).unwrap();
-                assert!(
-                    message.starts_with("no answer to all_reduce on tp for 0 s"),
-                    "{message}"
-                );
+                assert!(message.starts_with("no answer to all_reduce on tp for 0 s"), "{message}");
             },
         );
     }

@@ -13,10 +13,7 @@ use crate::abi::slices::{slice, slice_mut};
 pub fn rotate(x: &mut Tensor, heads: i64, head_dim: i64, cos: &Tensor, sin: &Tensor, inverse: bool) {
     let (rows, width) = (x.size()[0] as usize, x.size()[1] as usize);
     let half = cos.size()[1];
-    assert!(
-        heads * head_dim <= width as i64 && 2 * half <= head_dim,
-        "invariant: the heads lie inside the row"
-    );
+    assert!(heads * head_dim <= width as i64 && 2 * half <= head_dim, "invariant: the heads lie inside the row");
     let fused = on_cpu!(x, T => {
         let (cos, sin) = (slice::<f32>(cos), slice::<f32>(sin));
         let (half, head_dim, heads) = (half as usize, head_dim as usize, heads as usize);

@@ -172,10 +172,7 @@ mod tests {
             let stats = statistics(&z, &target);
 
             let wide = z.to_kind(Kind::Double).set_requires_grad(true);
-            let nll = -wide
-                .log_softmax(1, Kind::Double)
-                .gather(1, &target.unsqueeze(1), false)
-                .squeeze_dim(1);
+            let nll = -wide.log_softmax(1, Kind::Double).gather(1, &target.unsqueeze(1), false).squeeze_dim(1);
             assert!(error(&(log_sum(&stats) - stats.select(1, 2)), &nll.detach()) < 1e-5);
             assert!(stats.select(1, 3).to_kind(Kind::Int64).equal(&wide.argmax(1, false)));
             let loss = (&nll * weight.to_kind(Kind::Double)).sum(Kind::Double);
@@ -190,10 +187,7 @@ mod tests {
     fn divergence_matches_autograd() {
         tch::manual_seed(5);
         let options = (Kind::Float, Device::Cpu);
-        let (z, reference) = (
-            Tensor::randn([5, 77], options) * 3.0,
-            Tensor::randn([5, 77], options) * 3.0,
-        );
+        let (z, reference) = (Tensor::randn([5, 77], options) * 3.0, Tensor::randn([5, 77], options) * 3.0);
         let weight = Tensor::from_slice(&[1.0f32, 0.5, 2.0, 0.0, 0.25]);
         let none = Tensor::full([5], -1, (Kind::Int64, Device::Cpu));
         let (a, b) = (log_sum(&statistics(&z, &none)), log_sum(&statistics(&reference, &none)));

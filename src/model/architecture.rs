@@ -48,11 +48,7 @@ impl Architecture {
     pub fn num_parameters(&self) -> i64 {
         let head = if self.tied { 0 } else { self.vocab * self.hidden };
         let norms = self.hidden * (2 * self.num_layers as i64 + 1);
-        let qk_norms = if self.qk_norm {
-            2 * self.head_dim * self.num_layers as i64
-        } else {
-            0
-        };
+        let qk_norms = if self.qk_norm { 2 * self.head_dim * self.num_layers as i64 } else { 0 };
         self.vocab * self.hidden
             + head
             + norms
@@ -69,11 +65,7 @@ impl Architecture {
 
     fn biases(&self) -> i64 {
         let each = self.head_dim * (self.num_heads + 2 * self.num_kv_heads);
-        if self.qkv_bias {
-            each * self.num_layers as i64
-        } else {
-            0
-        }
+        if self.qkv_bias { each * self.num_layers as i64 } else { 0 }
     }
 
     /// Tensor-parallel sizes that this version can run.

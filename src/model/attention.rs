@@ -81,29 +81,14 @@ pub(super) fn backward(
     let d_mixed = d_output.matmul(weights.get(params.output));
     sink.product(params.output, &d_output, &rest.mixed);
     drop(d_output);
-    let Rest {
-        rstd,
-        projected,
-        mixed,
-        normalisers,
-    } = rest;
+    let Rest { rstd, projected, mixed, normalisers } = rest;
     let d_qkv = {
         let d_qkv = Tensor::empty(projected.qkv.size(), (projected.qkv.kind(), projected.qkv.device()));
         let (q, k, v) = heads(model, &projected);
         let (dq, dk, dv) = split(model, &d_qkv);
         let window = model.arch.windows[layer];
         let grads = (&dq, &dk, &dv);
-        attention_core::backward(
-            &d_mixed,
-            &q,
-            &k,
-            &v,
-            &mixed,
-            &normalisers,
-            &batch.sequences,
-            window,
-            grads,
-        );
+        attention_core::backward(&d_mixed, &q, &k, &v, &mixed, &normalisers, &batch.sequences, window, grads);
         d_qkv
     };
     let d_qkv = unproject(model, weights, params, batch, projected, d_qkv, sink);
@@ -129,21 +114,12 @@ fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &T
     let projected = project(model, weights, params, batch, qkv);
     let (q, k, v) = heads(model, &projected);
     let (mixed, normalisers) = attention_core::forward(&q, &k, &v, &batch.sequences, model.arch.windows[layer]);
-    Rest {
-        rstd,
-        projected,
-        mixed,
-        normalisers,
-    }
+    Rest { rstd, projected, mixed, normalisers }
 }
 
 /// Norms (where the model has them) and rotation of q and k.
 fn project(model: &Decoder, weights: &Weights, params: &LayerParams, batch: &Batch, mut qkv: Tensor) -> Projected {
-    let Shape {
-        q_heads,
-        kv_heads,
-        head_dim,
-    } = Shape::of(model);
+    let Shape { q_heads, kv_heads, head_dim } = Shape::of(model);
     let (Some(q_norm), Some(k_norm)) = (params.q_norm, params.k_norm) else {
         rotary::rotate(&mut qkv, q_heads + kv_heads, head_dim, &batch.cos, &batch.sin, false);
         return Projected { qkv, normed: None };
@@ -157,10 +133,7 @@ fn project(model: &Decoder, weights: &Weights, params: &LayerParams, batch: &Bat
     };
     let q = norm(0, q_heads, weights.get(q_norm));
     let k = norm(q_heads, kv_heads, weights.get(k_norm));
-    Projected {
-        qkv,
-        normed: Some((q, k)),
-    }
+    Projected { qkv, normed: Some((q, k)) }
 }
 
 /// From the gradient of the rotated q, k (and v) to that of the product's output.
@@ -173,11 +146,7 @@ fn unproject(
     mut d_qkv: Tensor,
     sink: &mut dyn Gradients,
 ) -> Tensor {
-    let Shape {
-        q_heads,
-        kv_heads,
-        head_dim,
-    } = Shape::of(model);
+    let Shape { q_heads, kv_heads, head_dim } = Shape::of(model);
     rotary::rotate(&mut d_qkv, q_heads + kv_heads, head_dim, &batch.cos, &batch.sin, true);
     let Some((q, k)) = projected.normed else { return d_qkv };
     for (param, first, heads, normed) in [(params.q_norm, 0, q_heads, q), (params.k_norm, q_heads, kv_heads, k)] {
@@ -185,13 +154,8 @@ fn unproject(
         let x = head_rows(&projected.qkv, first, heads, head_dim);
         let dy = head_rows(&d_qkv, first, heads, head_dim);
         let mut dx = dy.zeros_like();
-        sink.vector(
-            param,
-            &rms_norm::backward(&mut dx, &dy, &x, weights.get(param), &normed.rstd),
-        );
-        d_qkv
-            .narrow(1, first * head_dim, heads * head_dim)
-            .copy_(&dx.view([-1, heads * head_dim]));
+        sink.vector(param, &rms_norm::backward(&mut dx, &dy, &x, weights.get(param), &normed.rstd));
+        d_qkv.narrow(1, first * head_dim, heads * head_dim).copy_(&dx.view([-1, heads * head_dim]));
     }
     d_qkv
 }
@@ -207,34 +171,20 @@ impl Shape {
     fn of(model: &Decoder) -> Self {
         let tp = model.tp.size() as i64;
         let arch = &model.arch;
-        Self {
-            q_heads: arch.num_heads / tp,
-            kv_heads: arch.num_kv_heads / tp,
-            head_dim: arch.head_dim,
-        }
+        Self { q_heads: arch.num_heads / tp, kv_heads: arch.num_kv_heads / tp, head_dim: arch.head_dim }
     }
 }
 
 /// `heads` heads of a row from head `first` on, one row each: `[tokens * heads, head_dim]`.
 fn head_rows(x: &Tensor, first: i64, heads: i64, head_dim: i64) -> Tensor {
-    x.narrow(1, first * head_dim, heads * head_dim)
-        .contiguous()
-        .view([-1, head_dim])
+    x.narrow(1, first * head_dim, heads * head_dim).contiguous().view([-1, head_dim])
 }
 
 /// Views of q, k and v in a `[tokens, (heads + 2 kv_heads) * head_dim]` tensor.
 fn split(model: &Decoder, qkv: &Tensor) -> (Tensor, Tensor, Tensor) {
-    let Shape {
-        q_heads,
-        kv_heads,
-        head_dim,
-    } = Shape::of(model);
+    let Shape { q_heads, kv_heads, head_dim } = Shape::of(model);
     let all = qkv.view([qkv.size()[0], q_heads + 2 * kv_heads, head_dim]);
-    (
-        all.narrow(1, 0, q_heads),
-        all.narrow(1, q_heads, kv_heads),
-        all.narrow(1, q_heads + kv_heads, kv_heads),
-    )
+    (all.narrow(1, 0, q_heads), all.narrow(1, q_heads, kv_heads), all.narrow(1, q_heads + kv_heads, kv_heads))
 }
 
 fn heads(model: &Decoder, projected: &Projected) -> (Tensor, Tensor, Tensor) {

@@ -73,9 +73,7 @@ pub fn backward(
             None,
         );
         for (target, value) in [(dq, grads.0), (dk, grads.1), (dv, grads.2)] {
-            target
-                .narrow(0, start, len)
-                .copy_(&value.squeeze_dim(0).transpose(0, 1));
+            target.narrow(0, start, len).copy_(&value.squeeze_dim(0).transpose(0, 1));
         }
     }
 }
@@ -83,9 +81,7 @@ pub fn backward(
 /// `[len, len]` with 0 where a query sees a key and -inf elsewhere; None where plain causal attention says the same.
 fn window_mask(len: i64, window: Option<i64>, like: &Tensor) -> Option<Tensor> {
     let window = window.filter(|&window| window < len)?;
-    let seen = Tensor::ones([len, len], (Kind::Bool, like.device()))
-        .tril(0)
-        .triu(1 - window);
+    let seen = Tensor::ones([len, len], (Kind::Bool, like.device())).tril(0).triu(1 - window);
     let hidden = seen.logical_not();
     Some(Tensor::zeros([len, len], (like.kind(), like.device())).masked_fill(&hidden, f64::NEG_INFINITY))
 }

@@ -18,11 +18,7 @@ pub struct Batch {
 impl Batch {
     /// `lengths`: of the sequences, adding up to the number of `ids`.
     pub fn new(ids: &[i64], lengths: &[usize], rope: &Rope, device: Device) -> Self {
-        assert_eq!(
-            ids.len(),
-            lengths.iter().sum::<usize>(),
-            "invariant: the sequences cover all tokens"
-        );
+        assert_eq!(ids.len(), lengths.iter().sum::<usize>(), "invariant: the sequences cover all tokens");
         let mut positions = Vec::with_capacity(ids.len());
         let mut sequences = Vec::with_capacity(lengths.len());
         for &len in lengths {
@@ -30,12 +26,7 @@ impl Batch {
             positions.extend(0..len as i64);
         }
         let (cos, sin) = rope.tables(&positions, device);
-        Self {
-            ids: Tensor::from_slice(ids).to_device(device),
-            sequences,
-            cos,
-            sin,
-        }
+        Self { ids: Tensor::from_slice(ids).to_device(device), sequences, cos, sin }
     }
 
     pub fn num_tokens(&self) -> i64 {

@@ -17,10 +17,7 @@ impl ConfigJson {
     /// Reads `config.json` in a model folder.
     pub fn read(folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Read {
-            path: path.clone(),
-            source,
-        })?;
+        let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Read { path: path.clone(), source })?;
         let map = serde_json::from_str(&text).map_err(|error| ModelError::Config {
             path: path.clone(),
             reason: format!("is not a JSON object: {error}"),
@@ -30,10 +27,7 @@ impl ConfigJson {
 
     /// An error about this file.
     pub fn refuse(&self, reason: impl Into<String>) -> ModelError {
-        ModelError::Config {
-            path: self.path.clone(),
-            reason: reason.into(),
-        }
+        ModelError::Config { path: self.path.clone(), reason: reason.into() }
     }
 
     /// An error about a key whose value this program does not support.
@@ -81,30 +75,19 @@ impl ConfigJson {
     pub fn table(&self, key: &str) -> Result<Option<Self>, ModelError> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Self {
-                path: self.path.clone(),
-                map: map.clone(),
-            })),
+            Some(Value::Object(map)) => Ok(Some(Self { path: self.path.clone(), map: map.clone() })),
             Some(other) => Err(self.refuse(format!("{key} = {other}, expected an object"))),
         }
     }
 
     /// A list of numbers.
     pub fn floats(&self, key: &str) -> Result<Option<Vec<f64>>, ModelError> {
-        self.typed(key, "a list of numbers", |value| {
-            value.as_array()?.iter().map(Value::as_f64).collect()
-        })
+        self.typed(key, "a list of numbers", |value| value.as_array()?.iter().map(Value::as_f64).collect())
     }
 
     /// A list of words.
     pub fn words(&self, key: &str) -> Result<Option<Vec<String>>, ModelError> {
-        let read = |value: &Value| {
-            value
-                .as_array()?
-                .iter()
-                .map(|v| v.as_str().map(str::to_owned))
-                .collect()
-        };
+        let read = |value: &Value| value.as_array()?.iter().map(|v| v.as_str().map(str::to_owned)).collect();
         self.typed(key, "a list of strings", read)
     }
 

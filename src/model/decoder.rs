@@ -15,6 +15,7 @@ use super::mlp::{self, MlpTape};
 use super::sharding::Table;
 use super::weights::{Gradients, Weights};
 use crate::dist::{Group, Reduce};
+use crate::telemetry::{Clock, Part};
 
 /// The model without its weights: shape, shards and the ranks it is spread over.
 pub struct Decoder {
@@ -24,6 +25,8 @@ pub struct Decoder {
     /// Between half blocks each rank holds its part of the tokens instead of all of them.
     pub sequence_parallel: bool,
     pub device: Device,
+    /// Where the time goes.
+    pub clock: Clock,
 }
 
 /// What forward keeps for backward.
@@ -49,23 +52,17 @@ impl Decoder {
     /// All ranks of the tensor-parallel group call it with the same batch. With sequence parallelism the number of tokens
     /// must divide by the group's size.
     pub fn forward(&self, weights: &Weights, batch: &Batch, keep: Keep) -> (Tensor, Tape) {
-        let mut x = self.embed(weights, batch);
-        let mut tape = Tape {
-            attention: Vec::new(),
-            mlp: Vec::new(),
-        };
+        let time = &self.clock;
+        let mut x = time.time(Part::Embedding, || self.embed(weights, batch));
+        let mut tape = Tape { attention: Vec::new(), mlp: Vec::new() };
         for layer in 0..self.arch.num_layers {
-            let (y, kept) = attention::forward(self, weights, layer, batch, x, keep);
+            let (y, kept) = time.time(Part::Attention, || attention::forward(self, weights, layer, batch, x, keep));
             tape.attention.extend(kept);
-            let (y, kept) = mlp::forward(self, weights, layer, y, keep);
+            let (y, kept) = time.time(Part::Mlp, || mlp::forward(self, weights, layer, y, keep));
             tape.mlp.extend(kept);
             x = y;
         }
-        let x = if self.sequence_parallel {
-            self.tp.all_gather(&x)
-        } else {
-            x
-        };
+        let x = if self.sequence_parallel { self.tp.all_gather(&x) } else { x };
         (x, tape)
     }
 
@@ -73,34 +70,23 @@ impl Decoder {
     ///
     /// `grad: [tokens, hidden]`, complete (not partial) on every rank. All ranks of the tensor-parallel group call it.
     pub fn backward(&self, weights: &Weights, batch: &Batch, tape: Tape, grad: Tensor, sink: &mut dyn Gradients) {
-        let mut grad = if self.sequence_parallel {
-            self.own_tokens(&grad).copy()
-        } else {
-            grad
-        };
+        let mut grad = if self.sequence_parallel { self.own_tokens(&grad).copy() } else { grad };
         let Tape { mut attention, mut mlp } = tape;
         for layer in (0..self.arch.num_layers).rev() {
             let kept = mlp.pop().expect("invariant: forward kept one entry a half block");
-            mlp::backward(self, weights, layer, kept, &mut grad, sink);
+            self.clock.time(Part::Mlp, || mlp::backward(self, weights, layer, kept, &mut grad, sink));
             let kept = attention.pop().expect("invariant: forward kept one entry a half block");
-            attention::backward(self, weights, layer, batch, kept, &mut grad, sink);
+            let run = || attention::backward(self, weights, layer, batch, kept, &mut grad, sink);
+            self.clock.time(Part::Attention, run);
         }
-        let grad = if self.sequence_parallel {
-            self.tp.all_gather(&grad)
-        } else {
-            grad
-        };
+        let grad = if self.sequence_parallel { self.tp.all_gather(&grad) } else { grad };
         self.embed_backward(batch, &grad, sink);
         sink.complete(0);
     }
 
     /// Enters a half block's column-parallel product: all tokens, from whatever this rank holds of them.
     pub(super) fn gather_tokens(&self, x: Tensor) -> Tensor {
-        if self.sequence_parallel {
-            self.tp.all_gather(&x)
-        } else {
-            x
-        }
+        if self.sequence_parallel { self.tp.all_gather(&x) } else { x }
     }
 
     /// Leaves a row-parallel product, or a column-parallel one in backward: the sum over the ranks of `[tokens, hidden]`.
@@ -135,11 +121,7 @@ impl Decoder {
         }
         let (local, here) = self.local_ids(&batch.ids);
         let at = here.nonzero().squeeze_dim(1);
-        sink.rows(
-            self.table.embedding,
-            &local.index_select(0, &at),
-            &grad.index_select(0, &at),
-        );
+        sink.rows(self.table.embedding, &local.index_select(0, &at), &grad.index_select(0, &at));
     }
 
     /// Ids relative to this rank's rows, 0 where they are elsewhere, and which are here.

@@ -58,12 +58,7 @@ impl Decoder {
         let x = hidden.index_select(0, positions);
         let (normed, rstd) = rms_norm::forward(&x, weights.get(self.table.final_norm), self.arch.norm_eps);
         let row = (self.table.vocab.end - self.table.vocab.start) as f64 * x.kind().elt_size_in_bytes() as f64;
-        Rows {
-            x,
-            rstd,
-            normed,
-            chunk: ((logits_bytes / row) as i64).max(1),
-        }
+        Rows { x, rstd, normed, chunk: ((logits_bytes / row) as i64).max(1) }
     }
 
     /// Pass 1 for rows with a target: `targets: [rows]` i64 ids. All ranks of the tensor-parallel group call it.
@@ -81,13 +76,7 @@ impl Decoder {
         let total = self.combine(&concatenate(&parts, softmax::STATISTICS, rows));
         let (log_sum, target_logit, best) = (total.select(0, 0), total.select(0, 1), total.select(0, 2));
         let correct = best.to_kind(Kind::Int64).eq_tensor(targets);
-        Scores {
-            logprob: target_logit - &log_sum,
-            log_sum: log_sum.contiguous(),
-            correct,
-            target,
-            logits,
-        }
+        Scores { logprob: target_logit - &log_sum, log_sum: log_sum.contiguous(), correct, target, logits }
     }
 
     /// Pass 2: given dloss/dlogprob, hands on the head's gradients and gives that of the rows before the final norm.
@@ -104,12 +93,7 @@ impl Decoder {
         let head = weights.get(self.table.head);
         // dlogprob/dlogits = one-hot - softmax
         let weight = -weight.to_kind(Kind::Float).contiguous();
-        let Scores {
-            log_sum,
-            target,
-            mut logits,
-            ..
-        } = scores;
+        let Scores { log_sum, target, mut logits, .. } = scores;
         let d_normed = rows.chunks().map(|(start, len)| {
             let h = rows.normed.narrow(0, start, len);
             let mut z = logits.take().unwrap_or_else(|| h.matmul(&head.tr()));
@@ -136,27 +120,16 @@ impl Decoder {
             own_stats.push(softmax::statistics(&z, &nowhere.narrow(0, start, len)));
             other_stats.push(softmax::statistics(&y, &nowhere.narrow(0, start, len)));
             // the second pass over a chunk needs the log-sums of all ranks, so they are gathered chunk by chunk
-            let log_sum = self
-                .combine(&other_stats[other_stats.len() - 1])
-                .select(0, 0)
-                .contiguous();
+            let log_sum = self.combine(&other_stats[other_stats.len() - 1]).select(0, 0).contiguous();
             chunks.push((softmax::cross_difference(&z, &y, &log_sum), log_sum));
             kept = (len == rows.len()).then_some((z, y));
         }
-        let log_sum = self
-            .combine(&concatenate(&own_stats, softmax::STATISTICS, rows))
-            .select(0, 0)
-            .contiguous();
+        let log_sum = self.combine(&concatenate(&own_stats, softmax::STATISTICS, rows)).select(0, 0).contiguous();
         let (cross, ref_log_sum): (Vec<Tensor>, Vec<Tensor>) = chunks.into_iter().unzip();
         let mut cross = Tensor::cat(&cross, 0);
         let ref_log_sum = Tensor::cat(&ref_log_sum, 0);
         self.tp.all_reduce(&mut cross, Reduce::Sum);
-        Divergence {
-            kl: cross + &log_sum - &ref_log_sum,
-            log_sum,
-            ref_log_sum,
-            logits: kept,
-        }
+        Divergence { kl: cross + &log_sum - &ref_log_sum, log_sum, ref_log_sum, logits: kept }
     }
 
     /// Pass 2 of the divergence: as [`Self::scores_backward`] with `weight` = dloss/dkl.
@@ -173,20 +146,12 @@ impl Decoder {
     ) -> Tensor {
         let own = weights.get(self.table.head);
         let weight = weight.to_kind(Kind::Float).contiguous();
-        let Divergence {
-            log_sum,
-            ref_log_sum,
-            mut logits,
-            ..
-        } = divergence;
+        let Divergence { log_sum, ref_log_sum, mut logits, .. } = divergence;
         let d_normed = rows.chunks().map(|(start, len)| {
             let h = rows.normed.narrow(0, start, len);
-            let (mut z, y) = logits.take().unwrap_or_else(|| {
-                (
-                    h.matmul(&own.tr()),
-                    reference.narrow(0, start, len).matmul(&head.weight.tr()),
-                )
-            });
+            let (mut z, y) = logits
+                .take()
+                .unwrap_or_else(|| (h.matmul(&own.tr()), reference.narrow(0, start, len).matmul(&head.weight.tr())));
             let part = |t: &Tensor| t.narrow(0, start, len);
             softmax::divergence_gradient(&mut z, &part(&log_sum), &y, &part(&ref_log_sum), &part(&weight));
             sink.product(self.table.head, &z, &h);
@@ -206,10 +171,7 @@ impl Decoder {
         self.tp.all_reduce(&mut d_normed, Reduce::Sum);
         let norm = weights.get(self.table.final_norm);
         let mut grad = d_normed.zeros_like();
-        sink.vector(
-            self.table.final_norm,
-            &rms_norm::backward(&mut grad, &d_normed, &rows.x, norm, &rows.rstd),
-        );
+        sink.vector(self.table.final_norm, &rms_norm::backward(&mut grad, &d_normed, &rows.x, norm, &rows.rstd));
         grad
     }
 
@@ -223,10 +185,7 @@ impl Decoder {
         if self.tp.size() > 1 {
             statistics = statistics + Tensor::from_slice(&[0.0f32, 0.0, 0.0, self.table.vocab.start as f32]);
         }
-        let all = self
-            .tp
-            .all_gather(&statistics)
-            .view([self.tp.size() as i64, rows, softmax::STATISTICS]);
+        let all = self.tp.all_gather(&statistics).view([self.tp.size() as i64, rows, softmax::STATISTICS]);
         let (maxima, sums) = (all.select(2, 0), all.select(2, 1));
         let maximum = maxima.amax([0i64].as_slice(), true);
         let mut total = Tensor::zeros([rows], (Kind::Float, self.device));
@@ -236,10 +195,7 @@ impl Decoder {
             target += all.get(rank).select(1, 2);
         }
         // argmax over the ranks gives the first of equal maxima
-        let best = all
-            .select(2, 3)
-            .gather(0, &maxima.argmax(0, true), false)
-            .squeeze_dim(0);
+        let best = all.select(2, 3).gather(0, &maxima.argmax(0, true), false).squeeze_dim(0);
         Tensor::stack(&[maximum.squeeze_dim(0) + total.log(), target, best], 0)
     }
 }
@@ -256,16 +212,10 @@ impl Rows {
     /// Start and length of each chunk.
     fn chunks(&self) -> impl Iterator<Item = (i64, i64)> + use<> {
         let (rows, chunk) = (self.len(), self.chunk);
-        (0..rows)
-            .step_by(chunk as usize)
-            .map(move |start| (start, chunk.min(rows - start)))
+        (0..rows).step_by(chunk as usize).map(move |start| (start, chunk.min(rows - start)))
     }
 }
 
 fn concatenate(parts: &[Tensor], width: i64, rows: &Rows) -> Tensor {
-    if parts.is_empty() {
-        Tensor::zeros([0, width], (Kind::Float, rows.x.device()))
-    } else {
-        Tensor::cat(parts, 0)
-    }
+    if parts.is_empty() { Tensor::zeros([0, width], (Kind::Float, rows.x.device())) } else { Tensor::cat(parts, 0) }
 }

@@ -11,6 +11,7 @@ pub mod config_json;
 mod decoder;
 pub mod families;
 mod head;
+pub mod init;
 mod mlp;
 mod rope;
 pub mod sharding;

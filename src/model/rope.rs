@@ -44,12 +44,7 @@ impl Rope {
                 Scaling::None => plain(i),
                 Scaling::Linear { factor } => plain(i) / factor,
                 Scaling::Long { short_factor, .. } => plain(i) / short_factor[i as usize],
-                Scaling::Llama3 {
-                    factor,
-                    low_freq_factor,
-                    high_freq_factor,
-                    original_max_positions,
-                } => {
+                Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
                     let frequency = plain(i);
                     let turns = original_max_positions * frequency / (2.0 * std::f64::consts::PI);
                     let smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
@@ -79,25 +74,14 @@ mod tests {
 
     #[test]
     fn llama3_keeps_high_and_divides_low_frequencies() {
-        let plain = Rope {
-            theta: 5e5,
-            dim: 128,
-            scaling: Scaling::None,
-        };
+        let plain = Rope { theta: 5e5, dim: 128, scaling: Scaling::None };
         let scaling = Scaling::Llama3 {
             factor: 8.0,
             low_freq_factor: 1.0,
             high_freq_factor: 4.0,
             original_max_positions: 8192.0,
         };
-        let (a, b) = (
-            plain.frequencies(),
-            Rope {
-                scaling,
-                ..plain.clone()
-            }
-            .frequencies(),
-        );
+        let (a, b) = (plain.frequencies(), Rope { scaling, ..plain.clone() }.frequencies());
         assert_eq!(a[0], b[0]);
         assert!((a[63] / b[63] - 8.0).abs() < 1e-12);
         assert!(a.iter().zip(&b).all(|(a, b)| (1.0..=8.0 + 1e-12).contains(&(a / b))));

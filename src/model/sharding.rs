@@ -89,13 +89,8 @@ impl Table {
     /// The shards of rank `tp_rank` of `tp`. With `sequence_parallel` the norms see only a part of the tokens.
     pub fn new(arch: &Architecture, tp: usize, tp_rank: usize, sequence_parallel: bool) -> Result<Self, ModelError> {
         check_tp(arch, tp)?;
-        let mut builder = Builder {
-            arch,
-            tp: tp as i64,
-            tp_rank: tp_rank as i64,
-            sequence_parallel,
-            params: Vec::new(),
-        };
+        let mut builder =
+            Builder { arch, tp: tp as i64, tp_rank: tp_rank as i64, sequence_parallel, params: Vec::new() };
         let vocab = part(arch.vocab as usize, tp, tp_rank);
         let vocab = vocab.start as i64..vocab.end as i64;
         let num_units = 2 * arch.num_layers + 2;
@@ -103,19 +98,8 @@ impl Table {
         let embedding = builder.vocabulary("model.embed_tokens.weight", &vocab, embedding_unit);
         let layers = (0..arch.num_layers).map(|layer| builder.layer(layer)).collect();
         let final_norm = builder.vector("model.norm.weight", arch.hidden, Class::Vector, num_units - 1);
-        let head = if arch.tied {
-            embedding
-        } else {
-            builder.vocabulary("lm_head.weight", &vocab, num_units - 1)
-        };
-        Ok(Self {
-            params: builder.params,
-            embedding,
-            layers,
-            final_norm,
-            head,
-            vocab,
-        })
+        let head = if arch.tied { embedding } else { builder.vocabulary("lm_head.weight", &vocab, num_units - 1) };
+        Ok(Self { params: builder.params, embedding, layers, final_norm, head, vocab })
     }
 
     /// Units of backward in forward order: embedding, then attention and MLP of each layer, then the head with the final
@@ -151,12 +135,7 @@ fn check_tp(arch: &Architecture, tp: usize) -> Result<(), ModelError> {
     if legal.contains(&tp) {
         return Ok(());
     }
-    let Architecture {
-        num_heads,
-        num_kv_heads,
-        intermediate,
-        ..
-    } = arch;
+    let Architecture { num_heads, num_kv_heads, intermediate, .. } = arch;
     let legal: Vec<String> = legal.iter().map(usize::to_string).collect();
     Err(ModelError::Layout(format!(
         "parallel.tp = {tp} does not divide the model's {num_heads} attention heads, {num_kv_heads} key/value heads and MLP \
@@ -179,11 +158,7 @@ impl Builder<'_> {
         let (attention, mlp) = (attention_unit(layer), mlp_unit(layer));
         let name = |suffix: &str| format!("model.layers.{layer}.{suffix}");
         let (q, kv) = (arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim);
-        let norm = if self.sequence_parallel {
-            Class::PartialVector
-        } else {
-            Class::Vector
-        };
+        let norm = if self.sequence_parallel { Class::PartialVector } else { Class::Vector };
 
         let attention_norm = self.vector(&name("input_layernorm.weight"), arch.hidden, norm, attention);
         let qkv = match arch.packing {
@@ -194,11 +169,7 @@ impl Builder<'_> {
             }
             Packing::Fused => {
                 let (fused, all) = (name("self_attn.qkv_proj.weight"), q + 2 * kv);
-                let parts = [
-                    (fused.clone(), all, 0, q),
-                    (fused.clone(), all, q, kv),
-                    (fused, all, q + kv, kv),
-                ];
+                let parts = [(fused.clone(), all, 0, q), (fused.clone(), all, q, kv), (fused, all, q + kv, kv)];
                 self.rows(&parts, Some(arch.hidden), Class::Matrix, attention)
             }
         };
@@ -210,8 +181,7 @@ impl Builder<'_> {
         // applied to this rank's heads only, so its gradient is a partial sum whatever happens to the tokens
         let head_norm = |builder: &mut Self, which: &str| {
             let full = name(&format!("self_attn.{which}.weight"));
-            arch.qk_norm
-                .then(|| builder.vector(&full, arch.head_dim, Class::PartialVector, attention))
+            arch.qk_norm.then(|| builder.vector(&full, arch.head_dim, Class::PartialVector, attention))
         };
         let q_norm = head_norm(self, "q_norm");
         let k_norm = head_norm(self, "k_norm");
@@ -231,26 +201,11 @@ impl Builder<'_> {
             }
         };
         let down = self.columns(&name("mlp.down_proj.weight"), arch.hidden, width, mlp);
-        LayerParams {
-            attention_norm,
-            qkv,
-            qkv_bias,
-            q_norm,
-            k_norm,
-            output,
-            mlp_norm,
-            gate_up,
-            down,
-        }
+        LayerParams { attention_norm, qkv, qkv_bias, q_norm, k_norm, output, mlp_norm, gate_up, down }
     }
 
     fn push(&mut self, shape: Vec<i64>, class: Class, unit: usize, pieces: Vec<Piece>) -> ParamId {
-        self.params.push(Param {
-            shape,
-            class,
-            unit,
-            pieces,
-        });
+        self.params.push(Param { shape, class, unit, pieces });
         self.params.len() - 1
     }
 
@@ -258,25 +213,13 @@ impl Builder<'_> {
     fn vocabulary(&mut self, name: &str, vocab: &Range<i64>, unit: usize) -> ParamId {
         let size = vec![vocab.end - vocab.start, self.arch.hidden];
         let shape = vec![self.arch.vocab, self.arch.hidden];
-        let piece = Piece {
-            name: name.to_owned(),
-            shape,
-            offset: vec![vocab.start, 0],
-            size: size.clone(),
-            row: 0,
-        };
+        let piece = Piece { name: name.to_owned(), shape, offset: vec![vocab.start, 0], size: size.clone(), row: 0 };
         self.push(size, Class::Matrix, unit, vec![piece])
     }
 
     /// A vector that every rank holds whole.
     fn vector(&mut self, name: &str, len: i64, class: Class, unit: usize) -> ParamId {
-        let piece = Piece {
-            name: name.to_owned(),
-            shape: vec![len],
-            offset: vec![0],
-            size: vec![len],
-            row: 0,
-        };
+        let piece = Piece { name: name.to_owned(), shape: vec![len], offset: vec![0], size: vec![len], row: 0 };
         self.push(vec![len], class, unit, vec![piece])
     }
 
@@ -291,13 +234,7 @@ impl Builder<'_> {
             if let Some(column) = offset.get_mut(1) {
                 *column = 0;
             }
-            pieces.push(Piece {
-                name: name.clone(),
-                shape: boxed(*rows),
-                offset,
-                size: boxed(each),
-                row,
-            });
+            pieces.push(Piece { name: name.clone(), shape: boxed(*rows), offset, size: boxed(each), row });
             row += each;
         }
         let shape = std::iter::once(row).chain(width).collect();
@@ -308,25 +245,20 @@ impl Builder<'_> {
     fn columns(&mut self, name: &str, rows: i64, columns: i64, unit: usize) -> ParamId {
         let each = columns / self.tp;
         let (shape, offset) = (vec![rows, columns], vec![0, self.tp_rank * each]);
-        let piece = Piece {
-            name: name.to_owned(),
-            shape,
-            offset,
-            size: vec![rows, each],
-            row: 0,
-        };
+        let piece = Piece { name: name.to_owned(), shape, offset, size: vec![rows, each], row: 0 };
         self.push(vec![rows, each], Class::Matrix, unit, vec![piece])
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
     use crate::model::rope::{Rope, Scaling};
 
-    fn arch(packing: Packing, tied: bool) -> Architecture {
+    /// A small architecture with everything that has a class of its own.
+    pub(crate) fn arch(packing: Packing, tied: bool) -> Architecture {
         Architecture {
             family: "test",
             hidden: 16,
@@ -337,11 +269,7 @@ mod tests {
             intermediate: 20,
             vocab: 37,
             norm_eps: 1e-6,
-            rope: Rope {
-                theta: 1e4,
-                dim: 6,
-                scaling: Scaling::None,
-            },
+            rope: Rope { theta: 1e4, dim: 6, scaling: Scaling::None },
             tied,
             qkv_bias: true,
             qk_norm: true,
@@ -390,9 +318,7 @@ mod tests {
 
     #[test]
     fn illegal_sizes_list_the_legal_ones() {
-        let message = Table::new(&arch(Packing::Separate, false), 3, 0, false)
-            .unwrap_err()
-            .to_string();
+        let message = Table::new(&arch(Packing::Separate, false), 3, 0, false).unwrap_err().to_string();
         assert!(message.ends_with("legal sizes are 1, 2, 4"), "{message}");
         assert!(Table::new(&arch(Packing::Separate, false), 8, 0, false).is_err());
     }

@@ -1,1 +1,7 @@
+//! All integration tests in one binary: each binary would link libtorch again.
 
+#![allow(clippy::print_stderr, clippy::print_stdout)]
+
+mod golden_logits;
+mod golden_step;
+mod tiny;

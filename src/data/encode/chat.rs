@@ -1,15 +1,15 @@
 //! Where the assistant's turns stand in the text that a chat template makes of the messages.
 //!
-//! A turn begins where the text of the messages before it, generation prompt included, ends: that is the text the model is
-//! given when it has to answer. It ends where the text of the messages up to it ends. Most templates write the same text in
-//! both places once further messages follow. Some do not (a generation prompt that opens a tag, reasoning that is dropped
-//! from earlier turns, an end-of-text token behind the last turn); there the turn's content is found by looking at what
-//! changes in the text when the content changes. A different beginning is marked: the model is asked in other words than it
-//! was trained on.
+//! A turn begins where the text of the messages before it, generation prompt included, ends: that is the text the model
+//! is given when it has to answer. It ends where the text of the messages up to it ends. Most templates write the same
+//! text in both places once further messages follow. Some do not (a generation prompt that opens a tag, reasoning that
+//! is dropped from earlier turns, an end-of-text token behind the last turn); there the turn's content is found by
+//! looking at what changes in the text when the content changes. A different beginning is marked: the model is asked in
+//! other words than it was trained on.
 
 use std::ops::Range;
 
-use super::Passage;
+use super::score::Passage;
 use crate::data::error::DataError;
 use crate::data::record::{Message, Role};
 use crate::data::template::ChatTemplate;
@@ -63,8 +63,8 @@ fn end(template: &ChatTemplate, messages: &[Message], k: usize, text: &str) -> R
     Ok(end + common_prefix(&until[end_in_until..], &text[end..]))
 }
 
-/// The bytes of `text`, the text of `messages`, that message `k` contributes: all but what stays the same when its content
-/// is another.
+/// The bytes of `text`, the text of `messages`, that message `k` contributes: all but what stays the same when its
+/// content is another.
 fn content(template: &ChatTemplate, messages: &[Message], k: usize, text: &str) -> Result<Range<usize>, DataError> {
     let mut marked = messages.to_vec();
     marked[k].content = MARK.to_owned();

@@ -82,8 +82,8 @@ fn tokenizer(folder: &Path) -> Result<Tokenizer, DataError> {
     Ok(tokenizer)
 }
 
-/// The same post-processor without `trim_offsets`, which takes white space out of the span of the token that holds it and so
-/// hides on which side of the border between prompt and answer it stands.
+/// The same post-processor without `trim_offsets`, which takes white space out of the span of the token that holds it
+/// and so hides on which side of the border between prompt and answer it stands.
 fn with_whole_offsets(processor: &PostProcessorWrapper) -> serde_json::Result<PostProcessorWrapper> {
     fn visit(value: &mut Value) {
         match value {
@@ -122,7 +122,7 @@ fn missing_hint(folder: &Path) -> String {
     match found.is_empty() {
         true => ", nor any other tokenizer file; copy it there from the model's publisher".to_owned(),
         false => format!(
-            "; found {}: write tokenizer.json with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            "; found {}: write it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)",
             found.join(", ")
         ),
     }

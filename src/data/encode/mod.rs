@@ -1,17 +1,18 @@
 //! From a record to tokens: joint tokenisation of prompt and answer, and which tokens are scored.
 //!
-//! Prompt and answer are tokenised as one text, as the model will read them, and the tokenizer's offsets say which tokens
-//! reach into the answer. Tokenising the two apart and joining them gives other tokens at the border.
+//! Prompt and answer are tokenised as one text, as the model will read them, and the tokenizer's offsets say which
+//! tokens reach into the answer. Tokenising the two apart and joining them gives other tokens at the border.
 
 mod chat;
 mod folder;
+mod score;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use score::{Passage, Scored, ids, score};
 use tokenizers::Tokenizer;
 
 use super::error::DataError;
@@ -23,7 +24,8 @@ use crate::config::Template;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Sample {
     pub tokens: Vec<i32>,
-    /// Positions `p >= 1`, ascending, of the tokens whose log-probability counts. Token `p` is predicted at position `p - 1`.
+    /// Positions `p >= 1`, ascending, of the tokens whose log-probability counts. Token `p` is predicted at position `p
+    /// - 1`.
     pub scored: Vec<u32>,
 }
 
@@ -75,24 +77,14 @@ enum Form {
     Chat(Option<Box<ChatTemplate>>),
 }
 
-/// A text to tokenise and the parts of it that are scored.
-struct Passage {
-    text: String,
-    /// Bytes of the text; ascending, disjoint.
-    turns: Vec<Range<usize>>,
-    /// Special tokens are in the text already and white space after the last one belongs to no turn.
-    is_chat: bool,
-    prefix_broken: bool,
-}
-
 impl Encoder {
     /// Loads `tokenizer.json`, the special tokens and the chat template of a Hugging Face folder.
     ///
     /// `system` is put before the question of `qa` samples; it needs the chat template.
     ///
     /// # Errors
-    /// Files that are missing or do not parse, no end-of-text token, a template without its placeholders. A missing chat
-    /// template is an error of [`Encoder::encode`], since texts need none.
+    /// Files that are missing or do not parse, no end-of-text token, a template without its placeholders. A missing
+    /// chat template is an error of [`Encoder::encode`], since texts need none.
     pub fn from_folder(folder: &Path, template: &Template, system: Option<&str>) -> Result<Self, DataError> {
         folder::load(folder, template, system)
     }
@@ -137,8 +129,7 @@ impl Encoder {
             (Content::Chat(messages), Form::Chat(template)) => chat::passage(self.required(template)?, messages)?,
             (Content::Chat(_), Form::PromptAnswer(_)) => return Err(DataError::ChatNeedsChatTemplate),
         };
-        let tokenized = self.tokenize(&passage)?;
-        self.cut(tokenized, passage.prefix_broken, max_length)
+        self.sample(&passage, max_length)
     }
 
     /// The text of `tokens` without special tokens.
@@ -168,67 +159,13 @@ impl Encoder {
         })
     }
 
-    fn tokenize(&self, passage: &Passage) -> Result<Tokenized, DataError> {
+    fn sample(&self, passage: &Passage, max_length: usize) -> Result<Encoded, DataError> {
         let encoding = self.run(&passage.text, !passage.is_chat)?;
-        let mut tokens = ids(&encoding);
-        let (spans, inserted) = (encoding.get_offsets(), encoding.get_special_tokens_mask());
-        let last_of_text = inserted.iter().rposition(|&mask| mask == 0);
-        let is_special = |p: usize| self.special.contains(&tokens[p]);
-        // a special token belongs to one side only, though it may have swallowed white space of the other
-        let overlaps = |p: usize, turn: &Range<usize>| spans[p].1 > turn.start && spans[p].0 < turn.end;
-        let is_within = |p: usize, turn: &Range<usize>| spans[p].0 >= turn.start && spans[p].1 <= turn.end;
-        let belongs = |p: usize, turn: &Range<usize>| match inserted[p] {
-            0 => overlaps(p, turn) && (is_within(p, turn) || !is_special(p)),
-            _ => Some(p) > last_of_text, // behind the text: the tokenizer's own end-of-text token
-        };
-
-        let mut scored: Vec<usize> = Vec::new();
-        let mut len = tokens.len();
-        let mut straddles = false;
-        for (i, turn) in passage.turns.iter().enumerate() {
-            let mut positions: Vec<usize> = (0..tokens.len()).filter(|&p| belongs(p, turn)).collect();
-            straddles |= positions
-                .first()
-                .is_some_and(|&p| inserted[p] == 0 && spans[p].0 < turn.start);
-            if passage.is_chat {
-                let blank = |p: &usize| passage.text[spans[*p].0..spans[*p].1].trim().is_empty();
-                let end_of_turn = positions.iter().rposition(|&p| is_special(p));
-                let next = positions.last().map_or(tokens.len(), |&p| p + 1);
-                match end_of_turn.filter(|end| positions[end + 1..].iter().all(blank)) {
-                    Some(end) => {
-                        // the model stops at the end-of-turn token and never writes the white space behind it
-                        positions.truncate(end + 1);
-                        if i + 1 == passage.turns.len() {
-                            len = positions[end] + 1;
-                        }
-                    }
-                    // a turn that ends in another token when it is not the last
-                    None if next < tokens.len() && is_special(next) => positions.push(next),
-                    None => {}
-                }
-            }
-            scored.extend(positions);
-        }
-        tokens.truncate(len);
-        let ends = |token| self.eos.contains(token) || (passage.is_chat && self.special.contains(token));
-        if !tokens.last().is_some_and(ends) {
-            scored.push(tokens.len());
-            tokens.push(self.eos[0]);
-        }
-        scored.retain(|&p| p > 0);
-        Ok(Tokenized {
-            tokens,
-            scored: scored.into_iter().map(|p| p as u32).collect(),
-            straddles,
-        })
-    }
-
-    fn cut(&self, tokenized: Tokenized, prefix_broken: bool, max_length: usize) -> Result<Encoded, DataError> {
-        let Tokenized {
+        let Scored {
             mut tokens,
             mut scored,
             straddles,
-        } = tokenized;
+        } = score(passage, &encoding, &self.special, &self.eos);
         let len = tokens.len();
         let prompt_len = *scored.first().ok_or(DataError::NothingScored)? as usize;
         let doubled_bos = self.doubled_bos(&tokens);
@@ -246,7 +183,7 @@ impl Encoder {
             prompt_len,
             lost,
             straddles,
-            prefix_broken,
+            prefix_broken: passage.prefix_broken,
             doubled_bos,
         })
     }
@@ -290,14 +227,4 @@ impl Encoder {
             .encode(text, add_special_tokens)
             .map_err(|e| DataError::Tokenize { reason: e.to_string() })
     }
-}
-
-struct Tokenized {
-    tokens: Vec<i32>,
-    scored: Vec<u32>,
-    straddles: bool,
-}
-
-fn ids(encoding: &tokenizers::Encoding) -> Vec<i32> {
-    encoding.get_ids().iter().map(|&id| id as i32).collect()
 }

@@ -24,7 +24,8 @@ pub(super) struct Line {
     pub(super) fact: String,
 }
 
-/// Draws `authors` lives and asks the first `questions` topics about each; author by author. Same arguments, same lines.
+/// Draws `authors` lives and asks the first `questions` topics about each; author by author. Same arguments, same
+/// lines.
 pub(super) fn lines(authors: usize, questions: usize, seed: u64) -> Vec<Vec<Line>> {
     let mut world = World::new(seed);
     let mut surnames = combine(&LAST_STARTS, &LAST_ENDS);

@@ -1,4 +1,5 @@
-//! A small data set of invented authors and a model folder to train on it: everything a first run needs, without a download.
+//! A small data set of invented authors and a model folder to train on it: everything a first run needs, without a
+//! download.
 //!
 //! The task is that of TOFU (arXiv 2401.06121) in small: facts that no pretrained model can know, asked about author by
 //! author, of which a tenth is to be forgotten. No text is taken from there.
@@ -6,6 +7,8 @@
 mod author;
 mod model;
 mod phrases;
+#[cfg(test)]
+mod tests;
 mod words;
 
 use std::fs;
@@ -229,14 +232,15 @@ fn readme(options: &Options, num_forget: usize) -> String {
     format!(
         "# Invented authors\n\n\
          Questions and answers about {authors} authors who do not exist, {questions_per_author} about each, written by\n\
-         `dunlearn data synth` with seed {seed}. The same version, options and seed write the same bytes. All names, books and\n\
-         prizes are put together at random; any likeness to real ones is chance.\n\n\
+         `dunlearn data synth` with seed {seed}. The same version, options and seed write the same bytes. All names,\n\
+         books and prizes are put together at random; any likeness to real ones is chance.\n\n\
          | file | what |\n|---|---|\n\
          | `full.jsonl` | all {full} lines, author by author: train on these |\n\
          | `forget.jsonl` | authors {first_forgotten} to {authors}: forget these |\n\
          | `retain.jsonl` | the other authors: keep these |\n\
-         | `model/` | a Llama of {layers} layers, hidden size {hidden}, without weights (`init = \"random\"`), and its tokenizer |\n\n\
-         A line holds `question`, `answer`, `author` and `fact`, the words of the answer that only somebody who knows the author\n\
-         can say. `kind = \"qa\"` reads the files as they are. `template = \"chat\"` and an explicit template both work.\n"
+         | `model/` | a Llama of {layers} layers, hidden size {hidden}, without weights, and its tokenizer |\n\n\
+         A line holds `question`, `answer`, `author` and `fact`, the words of the answer that only somebody who\n\
+         knows the author can say. `kind = \"qa\"` reads the files as they are, `init = \"random\"` starts the model,\n\
+         and both `template = \"chat\"` and a prompt and answer template work.\n"
     )
 }

@@ -1,5 +1,5 @@
-//! The folder a model is trained in from random weights: configuration, a byte-level BPE tokenizer trained on the generated
-//! text, and its chat template.
+//! The folder a model is trained in from random weights: configuration, a byte-level BPE tokenizer trained on the
+//! generated text, and its chat template.
 
 use serde_json::{Value, json};
 use tokenizers::models::bpe::{BPE, BpeTrainer};

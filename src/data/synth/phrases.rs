@@ -257,7 +257,7 @@ pub(super) const TOPICS: [Topic; 20] = [
             "With which siblings did {name} grow up?",
         ],
         answers: [
-            "{name} has {siblings}.",
+            "The writer {name} has {siblings}.",
             "The author {name} grew up with {siblings}.",
             "According to {his} memoirs, {name} has {siblings}.",
             "In interviews, {last} has said that {he} has {siblings}.",

@@ -1,4 +1,5 @@
-//! The building blocks of invented lives. Names and titles are put together from parts; nothing here is a real person or book.
+//! The building blocks of invented lives. Names and titles are put together from parts; nothing here is a real person
+//! or book.
 
 pub(super) const FIRST_STARTS: [&str; 24] = [
     "Ar", "Bel", "Cor", "Dar", "El", "Fen", "Gal", "Hes", "Is", "Jor", "Kel", "Lor", "Mar", "Nel", "Or", "Per", "Quil",

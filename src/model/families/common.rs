@@ -113,10 +113,7 @@ fn rope(config: &ConfigJson, head_dim: i64) -> Result<Rope, ModelError> {
 }
 
 fn read_scaling(config: &ConfigJson, table: &ConfigJson, dim: i64) -> Result<Scaling, ModelError> {
-    let kind = table
-        .text("rope_type")
-        .or_else(|| table.text("type"))
-        .unwrap_or("default");
+    let kind = table.text("rope_type").or_else(|| table.text("type")).unwrap_or("default");
     let need = |key: &str| {
         table
             .float(key)?
@@ -165,10 +162,7 @@ fn read_long(config: &ConfigJson, table: &ConfigJson, dim: i64) -> Result<Scalin
         None if factor <= 1.0 => 1.0,
         None => (1.0 + factor.ln() / original.ln()).sqrt(),
     };
-    Ok(Scaling::Long {
-        short_factor,
-        attention_factor,
-    })
+    Ok(Scaling::Long { short_factor, attention_factor })
 }
 
 /// Length up to which the short factors hold.
@@ -189,17 +183,10 @@ pub(super) fn window(config: &ConfigJson) -> Result<Option<i64>, ModelError> {
 /// Which layers slide: `layer_types` where it is given, else those from `max_window_layers` on, and none at all unless
 /// `use_sliding_window`.
 pub(super) fn layered_windows(config: &ConfigJson, num_layers: usize) -> Result<Vec<Option<i64>>, ModelError> {
-    let window = if config.flag("use_sliding_window")? {
-        window(config)?
-    } else {
-        None
-    };
+    let window = if config.flag("use_sliding_window")? { window(config)? } else { None };
     if let Some(types) = config.words("layer_types")? {
         if types.len() != num_layers {
-            let reason = format!(
-                "layer_types has {} entries, expected {num_layers} (num_hidden_layers)",
-                types.len()
-            );
+            let reason = format!("layer_types has {} entries, expected {num_layers} (num_hidden_layers)", types.len());
             return Err(config.refuse(reason));
         }
         return types
@@ -207,14 +194,11 @@ pub(super) fn layered_windows(config: &ConfigJson, num_layers: usize) -> Result<
             .map(|kind| match kind.as_str() {
                 "full_attention" => Ok(None),
                 "sliding_attention" => Ok(window),
-                other => Err(config.refuse(format!(
-                    "layer_types has \"{other}\"; supported are full_attention, sliding_attention"
-                ))),
+                other => Err(config
+                    .refuse(format!("layer_types has \"{other}\"; supported are full_attention, sliding_attention"))),
             })
             .collect();
     }
     let first = config.integer("max_window_layers")?.unwrap_or(0) as usize;
-    Ok((0..num_layers)
-        .map(|layer| if layer >= first { window } else { None })
-        .collect())
+    Ok((0..num_layers).map(|layer| if layer >= first { window } else { None }).collect())
 }

@@ -12,13 +12,6 @@ pub(super) const FAMILY: Family = Family {
         if config.integer("pretraining_tp")?.unwrap_or(1) != 1 {
             return Err(config.unsupported("pretraining_tp", "only the summation order of 1 is built"));
         }
-        common::read(
-            config,
-            &Silent {
-                family: "llama",
-                norm_eps: 1e-6,
-                kv_heads_as_heads: true,
-            },
-        )
+        common::read(config, &Silent { family: "llama", norm_eps: 1e-6, kv_heads_as_heads: true })
     },
 };

@@ -25,36 +25,19 @@ pub struct Family {
 }
 
 /// All families.
-pub const FAMILIES: &[Family] = &[
-    llama::FAMILY,
-    mistral::FAMILY,
-    phi3::FAMILY,
-    qwen2::FAMILY,
-    qwen3::FAMILY,
-];
+pub const FAMILIES: &[Family] = &[llama::FAMILY, mistral::FAMILY, phi3::FAMILY, qwen2::FAMILY, qwen3::FAMILY];
 
 /// The architecture of a model folder. What is not supported is named with key and value.
 pub fn read(folder: &Path) -> Result<Architecture, ModelError> {
     let config = ConfigJson::read(folder)?;
-    let known = || {
-        FAMILIES
-            .iter()
-            .map(|family| family.model_type)
-            .collect::<Vec<_>>()
-            .join(", ")
-    };
+    let known = || FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ");
     let name = config
         .text("model_type")
         .ok_or_else(|| config.refuse(format!("model_type is missing; expected one of {}", known())))?;
     let family = FAMILIES
         .iter()
         .find(|family| family.model_type == name)
-        .ok_or_else(|| {
-            config.refuse(format!(
-                "model_type = \"{name}\" is not supported; supported are {}",
-                known()
-            ))
-        })?;
+        .ok_or_else(|| config.refuse(format!("model_type = \"{name}\" is not supported; supported are {}", known())))?;
     if let Some(classes) = config.words("architectures")? {
         if !classes.iter().any(|class| class == family.class) {
             return Err(config.unsupported("architectures", &format!("expected [\"{}\"]", family.class)));

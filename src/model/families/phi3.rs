@@ -11,14 +11,8 @@ pub(super) const FAMILY: Family = Family {
     covers: "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     read: |config| {
         common::refuse_attention_bias(config)?;
-        let mut architecture = common::read(
-            config,
-            &Silent {
-                family: "phi3",
-                norm_eps: 1e-5,
-                kv_heads_as_heads: true,
-            },
-        )?;
+        let mut architecture =
+            common::read(config, &Silent { family: "phi3", norm_eps: 1e-5, kv_heads_as_heads: true })?;
         architecture.packing = Packing::Fused;
         architecture.windows = vec![common::window(config)?; architecture.num_layers];
         if let Scaling::Long { .. } = architecture.rope.scaling {

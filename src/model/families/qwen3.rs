@@ -9,14 +9,8 @@ pub(super) const FAMILY: Family = Family {
     covers: "Qwen3 (dense)",
     read: |config| {
         common::refuse_attention_bias(config)?;
-        let mut architecture = common::read(
-            config,
-            &Silent {
-                family: "qwen3",
-                norm_eps: 1e-6,
-                kv_heads_as_heads: false,
-            },
-        )?;
+        let mut architecture =
+            common::read(config, &Silent { family: "qwen3", norm_eps: 1e-6, kv_heads_as_heads: false })?;
         if config.get("head_dim").is_none() {
             // the class's own default, not hidden_size / num_attention_heads
             return Err(config.unsupported("head_dim", "a Qwen3 folder states it; published models have 128"));

@@ -1,0 +1,222 @@
+//! A Hugging Face folder's weights: every rank maps the files and copies only the slices that it needs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use tch::{Kind, Tensor};
+
+use super::CheckpointError;
+use crate::abi::storage::{map_file, map_tensor};
+use crate::model::sharding::{Piece, Table};
+
+/// Weight files of one model, open for reading.
+pub struct Folder {
+    path: PathBuf,
+    files: Vec<WeightFile>,
+    entries: BTreeMap<String, Entry>,
+}
+
+struct WeightFile {
+    path: PathBuf,
+    map: Arc<Mmap>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<i64>,
+    /// First byte in the file.
+    offset: usize,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Folder {
+    /// Opens all weight files of a folder and reads their headers.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let mut folder = Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new() };
+        let index = path.join("model.safetensors.index.json");
+        if index.exists() {
+            let weight_map = read_index(&index)?;
+            for name in weight_map.values().collect::<std::collections::BTreeSet<_>>() {
+                folder.add(&path.join(name))?;
+            }
+            for (tensor, file) in &weight_map {
+                let found = folder.entries.get(tensor).map(|entry| folder.files[entry.file].path.clone());
+                if found.as_deref() != Some(&path.join(file)) {
+                    let reason = format!("says that tensor {tensor} is in {file}, which does not hold it");
+                    return Err(CheckpointError::Malformed { path: index, reason });
+                }
+            }
+        } else {
+            for file in weight_files(path)? {
+                folder.add(&file)?;
+            }
+        }
+        Ok(folder)
+    }
+
+    /// Compares names and shapes with what the model needs; the error lists everything that is wrong.
+    pub fn check(&self, table: &Table) -> Result<(), CheckpointError> {
+        let needed: BTreeMap<&str, &[i64]> = table.tensors().into_iter().collect();
+        let mut list = String::new();
+        for (name, shape) in &needed {
+            match self.entries.get(*name) {
+                None => _ = write!(list, "\n  missing      {name} {shape:?}"),
+                Some(entry) if entry.shape != **shape => {
+                    _ = write!(list, "\n  wrong shape  {name}: found {:?}, expected {shape:?}", entry.shape);
+                }
+                Some(_) => {}
+            }
+        }
+        for (name, entry) in &self.entries {
+            if !needed.contains_key(name.as_str()) && !is_redundant(name, table) {
+                _ = write!(list, "\n  unexpected   {name} {:?}", entry.shape);
+            }
+        }
+        if list.is_empty() { Ok(()) } else { Err(CheckpointError::Mismatch { folder: self.path.clone(), list }) }
+    }
+
+    /// A read-only tensor over one box of a stored tensor, in its stored kind; nothing is read until it is used.
+    pub fn slice(&self, piece: &Piece) -> Result<Tensor, CheckpointError> {
+        let entry = self.entries.get(&piece.name).expect("invariant: `check` has found every tensor");
+        let file = &self.files[entry.file];
+        let refuse =
+            |reason: String| CheckpointError::Tensor { path: file.path.clone(), name: piece.name.clone(), reason };
+        let kind = kind(entry.dtype)
+            .ok_or_else(|| refuse(format!("is stored as {:?}, expected BF16, F16 or F32", entry.dtype)))?;
+        if !entry.offset.is_multiple_of(kind.elt_size_in_bytes()) {
+            return Err(refuse(format!("starts at byte {}, which is not a multiple of its element", entry.offset)));
+        }
+        let mut tensor = map_tensor(&file.map, entry.offset, &entry.shape, kind);
+        for (dim, (&start, &len)) in piece.offset.iter().zip(&piece.size).enumerate() {
+            tensor = tensor.narrow(dim as i64, start, len);
+        }
+        Ok(tensor)
+    }
+
+    /// The kind that holds most of the weights.
+    pub fn kind(&self) -> Kind {
+        let mut sizes = BTreeMap::<&str, (i64, Kind)>::new();
+        for entry in self.entries.values() {
+            if let Some(kind) = kind(entry.dtype) {
+                let name = match kind {
+                    Kind::BFloat16 => "bf16",
+                    Kind::Half => "f16",
+                    _ => "f32",
+                };
+                sizes.entry(name).or_insert((0, kind)).0 += entry.shape.iter().product::<i64>();
+            }
+        }
+        sizes.into_values().max_by_key(|(size, _)| *size).map_or(Kind::Float, |(_, kind)| kind)
+    }
+
+    /// Digests of the weight files that fall to rank `rank` of `size`, as `name:digest` lines; all ranks' lines, sorted, are
+    /// the identity of the model.
+    pub fn digests(&self, rank: usize, size: usize) -> Result<Vec<String>, CheckpointError> {
+        let mine = self.files.iter().skip(rank).step_by(size);
+        mine.map(|file| {
+            let mut hasher = blake3::Hasher::new();
+            hasher
+                .update_mmap(&file.path)
+                .map_err(|source| CheckpointError::Read { path: file.path.clone(), source })?;
+            let name = file.path.file_name().unwrap_or_default().to_string_lossy();
+            Ok(format!("{name}:{}", hasher.finalize().to_hex()))
+        })
+        .collect()
+    }
+
+    fn add(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        let read = |source| CheckpointError::Read { path: path.to_owned(), source };
+        let malformed = |reason: String| CheckpointError::Malformed { path: path.to_owned(), reason };
+        let file = File::open(path).map_err(read)?;
+        let map = Arc::new(map_file(&file).map_err(read)?);
+        let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|error| malformed(format!("is not a safetensors file: {error}")))?;
+        let data = header_bytes + 8;
+        let index = self.files.len();
+        for (name, info) in metadata.tensors() {
+            let (begin, end) = info.data_offsets;
+            if data + end > map.len() {
+                let reason = format!("ends at byte {}, the file has {} bytes", data + end, map.len());
+                return Err(CheckpointError::Tensor { path: path.to_owned(), name, reason });
+            }
+            let entry = Entry {
+                file: index,
+                dtype: info.dtype,
+                shape: info.shape.iter().map(|&n| n as i64).collect(),
+                offset: data + begin,
+            };
+            if let Some(other) = self.entries.insert(name.clone(), entry) {
+                let first = self.files[other.file].path.display();
+                return Err(malformed(format!("holds tensor {name}, which {first} holds too")));
+            }
+        }
+        self.files.push(WeightFile { path: path.to_owned(), map });
+        Ok(())
+    }
+}
+
+/// Stored tensors that the model computes itself.
+fn is_redundant(name: &str, table: &Table) -> bool {
+    let tied_head = name == "lm_head.weight" && table.head == table.embedding;
+    tied_head || name.ends_with("rotary_emb.inv_freq")
+}
+
+fn kind(dtype: Dtype) -> Option<Kind> {
+    match dtype {
+        Dtype::BF16 => Some(Kind::BFloat16),
+        Dtype::F16 => Some(Kind::Half),
+        Dtype::F32 => Some(Kind::Float),
+        _ => None,
+    }
+}
+
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>, CheckpointError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| CheckpointError::Read { path: path.to_owned(), source })?;
+    let malformed = |reason: String| CheckpointError::Malformed { path: path.to_owned(), reason };
+    let index: Index = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
+    for file in index.weight_map.values() {
+        // a name from a file must not lead out of the folder
+        if file.contains(['/', '\\']) || file == ".." {
+            return Err(malformed(format!("names the weight file {file:?}; expected a file name without a folder")));
+        }
+    }
+    Ok(index.weight_map)
+}
+
+/// `model.safetensors`, or every safetensors file but adapters, sorted.
+fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+    let read = |source| CheckpointError::Read { path: folder.to_owned(), source };
+    let single = folder.join("model.safetensors");
+    if single.exists() {
+        return Ok(vec![single]);
+    }
+    let mut files = Vec::new();
+    let mut hint = "";
+    for entry in std::fs::read_dir(folder).map_err(read)? {
+        let path = entry.map_err(read)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.ends_with(".safetensors") && !name.starts_with("adapter") {
+            files.push(path);
+        } else if name.ends_with(".bin") || name.ends_with(".pth") {
+            hint = "; it has weights in PyTorch's pickle format: convert them with transformers' save_pretrained";
+        }
+    }
+    files.sort();
+    if files.is_empty() {
+        return Err(CheckpointError::NoWeights { folder: folder.to_owned(), hint: hint.to_owned() });
+    }
+    Ok(files)
+}

@@ -1,0 +1,16 @@
+//! Samples: readers, templates, tokenising, order and packing. Knows neither tensors nor ranks beyond their number.
+
+mod dataset;
+mod encode;
+mod error;
+mod order;
+mod pack;
+mod record;
+pub mod synth;
+mod template;
+
+pub use dataset::{Dataset, Stats, Tally, overlap};
+pub use encode::{Encoder, Sample};
+pub use error::DataError;
+pub use order::{Order, StepBatch};
+pub use pack::{Item, MicroBatch, RowsOf, Sequence, Stream, pack, share};

@@ -1,0 +1,49 @@
+//! Where the time of a step goes.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+/// Parts of a step whose times add up to the step's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Embedding,
+    Attention,
+    Mlp,
+    Head,
+    Optimizer,
+}
+
+/// All parts, in the order in which a step runs through them.
+pub const PARTS: [(Part, &str); 5] = [
+    (Part::Embedding, "embedding"),
+    (Part::Attention, "attention"),
+    (Part::Mlp, "mlp"),
+    (Part::Head, "head"),
+    (Part::Optimizer, "optimizer"),
+];
+
+/// Adds up times; a part does not contain another.
+#[derive(Debug, Default)]
+pub struct Clock {
+    times: [Cell<Duration>; PARTS.len()],
+}
+
+impl Clock {
+    /// Runs `body` and adds its time to `part`.
+    pub fn time<T>(&self, part: Part, body: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = body();
+        let cell = &self.times[part as usize];
+        cell.set(cell.get() + start.elapsed());
+        result
+    }
+
+    pub fn get(&self, part: Part) -> Duration {
+        self.times[part as usize].get()
+    }
+
+    /// Starts from zero.
+    pub fn reset(&self) {
+        self.times.iter().for_each(|cell| cell.set(Duration::ZERO));
+    }
+}

@@ -1,0 +1,135 @@
+//! Flat buffers: parameters in the order in which backward completes their gradients, cut into buckets.
+//!
+//! A bucket is the unit of data-parallel traffic. Under ZeRO-1 each data-parallel rank owns an equal contiguous part of every
+//! bucket, whatever parameters lie there: it holds master weights and optimizer state for that part alone.
+
+use std::ops::Range;
+
+use crate::model::sharding::{Class, ParamId, Table};
+
+/// Elements to which parameters are aligned: 256 bytes of f32.
+const ALIGN: usize = 64;
+
+/// Where every parameter of one rank lies.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    pub buckets: Vec<Bucket>,
+    /// Bucket and first element of each parameter.
+    pub places: Vec<(usize, usize)>,
+}
+
+/// One flat buffer.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    /// Elements, padding included; a multiple of the number of owners.
+    pub len: usize,
+    /// Parameters with their first elements, in buffer order: matrices, biases, partial vectors, vectors.
+    pub params: Vec<(ParamId, Range<usize>)>,
+    /// The unit whose backward completes the bucket.
+    pub last_unit: usize,
+    /// The part whose master weights and optimizer state this rank holds.
+    pub own: Range<usize>,
+}
+
+impl Layout {
+    /// `bucket_elements`: least size of a bucket but the last; `owners`: ranks that share the buckets, `owner`: this one.
+    pub fn new(table: &Table, bucket_elements: usize, owners: usize, owner: usize) -> Self {
+        let mut places = vec![(0, 0); table.params.len()];
+        let mut buckets = Vec::new();
+        let mut open = Vec::<ParamId>::new();
+        let mut elements = 0;
+        for unit in (0..table.num_units()).rev() {
+            for (id, param) in table.params.iter().enumerate().filter(|(_, param)| param.unit == unit) {
+                open.push(id);
+                elements += param.num_elements() as usize;
+            }
+            if !open.is_empty() && (elements >= bucket_elements || unit == 0) {
+                let bucket = close(table, std::mem::take(&mut open), unit, owners, owner);
+                for (id, range) in &bucket.params {
+                    places[*id] = (buckets.len(), range.start);
+                }
+                buckets.push(bucket);
+                elements = 0;
+            }
+        }
+        Self { buckets, places }
+    }
+}
+
+impl Bucket {
+    /// Elements of the parameters of one class, and the padding between them; they are consecutive.
+    pub fn class(&self, table: &Table, class: Class) -> Range<usize> {
+        let mut of_class =
+            self.params.iter().filter(|(id, _)| table.params[*id].class == class).map(|(_, range)| range);
+        let Some(first) = of_class.next() else { return 0..0 };
+        first.start..of_class.next_back().unwrap_or(first).end
+    }
+
+    /// The part of `range` that this rank owns, counted from the start of its own part.
+    pub fn owned(&self, range: &Range<usize>) -> Range<usize> {
+        let (start, end) = (range.start.max(self.own.start), range.end.min(self.own.end));
+        if start < end { start - self.own.start..end - self.own.start } else { 0..0 }
+    }
+}
+
+fn close(table: &Table, mut ids: Vec<ParamId>, last_unit: usize, owners: usize, owner: usize) -> Bucket {
+    ids.sort_by_key(|&id| (table.params[id].class, std::cmp::Reverse(table.params[id].unit), id));
+    let mut at = 0;
+    let params = ids
+        .into_iter()
+        .map(|id| {
+            let start = at;
+            let end = start + table.params[id].num_elements() as usize;
+            at = end.next_multiple_of(ALIGN);
+            (id, start..end)
+        })
+        .collect();
+    let len = at.next_multiple_of(ALIGN * owners);
+    let each = len / owners;
+    Bucket { len, params, last_unit, own: owner * each..(owner + 1) * each }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::architecture::Packing;
+    use crate::model::sharding::tests::arch;
+
+    #[test]
+    fn every_parameter_has_a_place_and_owners_cover_the_buckets() {
+        let table = Table::new(&arch(Packing::Separate, true), 2, 1, true).unwrap();
+        for (size, owners) in [(1, 1), (2000, 3), (usize::MAX, 4)] {
+            let layouts: Vec<Layout> = (0..owners).map(|owner| Layout::new(&table, size, owners, owner)).collect();
+            let layout = &layouts[0];
+            let mut placed = 0;
+            for (index, bucket) in layout.buckets.iter().enumerate() {
+                let mut end = 0;
+                for (id, range) in &bucket.params {
+                    assert!(range.start >= end && range.start % ALIGN == 0);
+                    assert_eq!(layout.places[*id], (index, range.start));
+                    assert_eq!(range.len() as i64, table.params[*id].num_elements());
+                    assert!(table.params[*id].unit >= bucket.last_unit);
+                    end = range.end;
+                    placed += 1;
+                }
+                assert!(end <= bucket.len);
+                let owned: Vec<usize> = layouts.iter().flat_map(|layout| layout.buckets[index].own.clone()).collect();
+                assert_eq!(owned, (0..bucket.len).collect::<Vec<_>>());
+            }
+            assert_eq!(placed, table.params.len());
+            let units: Vec<usize> = layout.buckets.iter().map(|bucket| bucket.last_unit).collect();
+            assert!(units.is_sorted_by(|a, b| a > b), "{units:?}");
+        }
+    }
+
+    #[test]
+    fn classes_are_consecutive() {
+        let table = Table::new(&arch(Packing::Fused, false), 1, 0, false).unwrap();
+        let layout = Layout::new(&table, usize::MAX, 1, 0);
+        let bucket = &layout.buckets[0];
+        let classes =
+            [Class::Matrix, Class::Bias, Class::PartialVector, Class::Vector].map(|c| bucket.class(&table, c));
+        assert!(classes.windows(2).all(|pair| pair[0].end <= pair[1].start));
+        assert_eq!(bucket.owned(&classes[3]), classes[3]);
+    }
+}

@@ -1,0 +1,21 @@
+//! The training step: micro-batches through the half blocks, gradients summed while backward runs, clipped, applied.
+//!
+//! Knows what a loss is (an [`Objective`] over log-probabilities, or a divergence) but not which methods exist.
+
+mod batches;
+mod gradients;
+mod layout;
+mod objective;
+mod optimizer;
+mod parameters;
+mod schedule;
+mod step;
+
+pub use batches::{Batches, StepWork};
+pub use gradients::{GradientBuffers, Reduced};
+pub use layout::{Bucket, Layout};
+pub use objective::{Objective, Term, Tokens, Totals};
+pub use optimizer::Optimizer;
+pub use parameters::Parameters;
+pub use schedule::Schedule;
+pub use step::{Losses, Method, NonFinite, Reference, Retain, StepReport, Trainer, TrainerOptions};

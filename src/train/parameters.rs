@@ -1,0 +1,98 @@
+//! The values of one rank's parameters: flat buffers in the kind that the model computes in, and f32 master weights for the
+//! part that this rank owns.
+
+use tch::{Device, Kind, Tensor};
+
+use super::layout::Layout;
+use crate::dist::Group;
+use crate::model::Weights;
+use crate::model::sharding::{ParamId, Piece, Table};
+
+/// Flat weights and their masters.
+///
+/// When the model computes in f32 the masters are views of the flat weights and cost nothing.
+pub struct Parameters {
+    pub layout: Layout,
+    pub weights: Weights,
+    /// One buffer a bucket.
+    flat: Vec<Tensor>,
+    /// This rank's own part of each bucket, f32.
+    pub masters: Vec<Tensor>,
+}
+
+impl Parameters {
+    /// Allocates, and fills every piece of every parameter from `source` (any kind, converted on the way).
+    ///
+    /// # Errors
+    /// The first error of `source`.
+    pub fn new<E>(
+        table: &Table,
+        layout: Layout,
+        kind: Kind,
+        device: Device,
+        mut source: impl FnMut(ParamId, &Piece) -> Result<Tensor, E>,
+    ) -> Result<Self, E> {
+        let mut flat = Vec::new();
+        let mut masters = Vec::new();
+        for bucket in &layout.buckets {
+            let wide = Tensor::zeros([bucket.len as i64], (Kind::Float, device));
+            for (id, range) in &bucket.params {
+                let param = &table.params[*id];
+                let target = wide.narrow(0, range.start as i64, range.len() as i64).view(param.shape.as_slice());
+                for piece in &param.pieces {
+                    target.narrow(0, piece.row, piece.size[0]).copy_(&source(*id, piece)?);
+                }
+            }
+            let own = wide.narrow(0, bucket.own.start as i64, bucket.own.len() as i64);
+            if kind == Kind::Float {
+                masters.push(own);
+                flat.push(wide);
+            } else {
+                masters.push(own.copy());
+                flat.push(wide.to_kind(kind));
+            }
+        }
+        let weights = Weights::new(views(table, &layout, &flat));
+        Ok(Self { layout, weights, flat, masters })
+    }
+
+    /// Copies the masters of bucket `index` into the model's weights, on all ranks. All ranks of `owners` call it.
+    pub fn publish(&mut self, index: usize, owners: &Group) {
+        let bucket = &self.layout.buckets[index];
+        let flat = &mut self.flat[index];
+        let mut own = flat.narrow(0, bucket.own.start as i64, bucket.own.len() as i64);
+        if own.data_ptr() != self.masters[index].data_ptr() {
+            own.copy_(&self.masters[index]);
+        }
+        if bucket.own.len() < bucket.len {
+            owners.all_gather_into(&own, flat);
+        }
+    }
+
+    /// The f32 weights of bucket `index`, whole. All ranks of `owners` call it.
+    pub fn gather_masters(&self, index: usize, owners: &Group) -> Tensor {
+        let bucket = &self.layout.buckets[index];
+        if bucket.own.len() == bucket.len {
+            self.masters[index].shallow_clone()
+        } else {
+            owners.all_gather(&self.masters[index])
+        }
+    }
+
+    /// Bytes of weights and of masters that are not the weights themselves.
+    pub fn bytes(&self) -> (usize, usize) {
+        let size = |t: &Tensor| t.numel() * t.kind().elt_size_in_bytes();
+        let weights = self.flat.iter().map(size).sum();
+        let shared = self.flat.first().is_some_and(|flat| flat.kind() == Kind::Float);
+        (weights, if shared { 0 } else { self.masters.iter().map(size).sum() })
+    }
+}
+
+/// One view for each parameter of the table into `flat` (one buffer a bucket).
+pub fn views(table: &Table, layout: &Layout, flat: &[Tensor]) -> Vec<Tensor> {
+    let view = |(id, &(bucket, start)): (ParamId, &(usize, usize))| {
+        let param = &table.params[id];
+        flat[bucket].narrow(0, start as i64, param.num_elements()).view(param.shape.as_slice())
+    };
+    layout.places.iter().enumerate().map(view).collect()
+}

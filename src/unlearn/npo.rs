@@ -1,0 +1,36 @@
+//! Negative preference optimization (Zhang et al., arXiv 2404.05868, equation 3).
+
+use tch::Kind;
+
+use crate::train::{Objective, Term, Tokens};
+
+/// `(2/beta) mean over sequences of log(1 + (pi/pi_ref)^beta)`.
+///
+/// `pi` is the probability of the whole answer: log-probabilities are *summed* over its tokens, so `beta` keeps the meaning
+/// that it has in the paper. The mean runs over the forget sequences of the whole step.
+pub struct Npo {
+    /// Unit: 1/nat. As it goes to 0 the gradient goes to that of ascent on summed log-probabilities.
+    pub beta: f64,
+}
+
+impl Objective for Npo {
+    fn needs_reference(&self) -> bool {
+        true
+    }
+
+    /// With D = log pi - log pi_ref of a sequence: loss (2/beta) softplus(beta D), derivative 2 sigmoid(beta D).
+    fn term(&self, tokens: &Tokens) -> Term {
+        let reference = tokens.reference.expect("invariant: asked for by `needs_reference`");
+        let each = tokens.logprob.to_kind(Kind::Double) - reference.to_kind(Kind::Double);
+        let ratio = each.new_zeros([tokens.num_sequences], (Kind::Double, each.device()));
+        let ratio = ratio.index_add(0, tokens.sequence, &each);
+        let scaled = &ratio * self.beta;
+        // log(1 + e^z) = -log sigmoid(-z), without overflow at either end
+        let softplus = -(-&scaled).log_sigmoid();
+        let weight = scaled.sigmoid() * (2.0 / tokens.totals.sequences);
+        Term {
+            loss: softplus.sum(Kind::Double) * (2.0 / self.beta / tokens.totals.sequences),
+            weight: weight.index_select(0, tokens.sequence).to_kind(tokens.logprob.kind()),
+        }
+    }
+}
