@@ -3,11 +3,14 @@
 
 pub mod abi;
 pub mod checkpoint;
+pub mod cli;
 pub mod config;
 pub mod data;
 pub mod dist;
+pub mod eval;
 pub mod kernels;
 pub mod model;
+pub mod run;
 pub mod telemetry;
 pub mod train;
 pub mod unlearn;

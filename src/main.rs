@@ -1,1 +1,5 @@
-fn main() {}
+//! The `dunlearn` binary; everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    dunlearn::cli::main()
+}

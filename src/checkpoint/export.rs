@@ -1,0 +1,217 @@
+//! The Hugging Face folder that a run leaves: the same names, shapes and layouts that were read.
+//!
+//! Tensors are assembled one at a time from the ranks' slices and written by rank 0 in model order, so the bytes do not
+//! depend on the layout.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::CheckpointError;
+use super::tensor_file::{Spec, Writer};
+use crate::abi::slices;
+use crate::dist::World;
+use crate::model::sharding::{Class, ParamId, Piece, Table};
+
+/// What to write and where.
+pub struct ExportOptions<'a> {
+    /// The model folder that was read; everything but the weights is copied from it.
+    pub source: &'a Path,
+    pub target: &'a Path,
+    /// Kind of the written weights.
+    pub kind: Kind,
+    /// Largest file. Unit: bytes.
+    pub max_shard_bytes: usize,
+}
+
+/// One tensor on its way out.
+struct Outgoing {
+    spec: Spec,
+    /// The parameter that holds it on every rank.
+    param: ParamId,
+    /// Each rank's boxes of it, by tensor-parallel rank; those of other ranks are empty where all ranks hold the same.
+    pieces: Vec<Vec<Piece>>,
+}
+
+/// Writes the model. All ranks call it.
+///
+/// `tables`: the sharding table of each tensor-parallel rank. `parameter(id)`: this rank's f32 values of a parameter, complete
+/// over the data-parallel ranks; it is called for all parameters in model order on all ranks and may use collectives.
+/// `progress` is called after each tensor.
+pub fn export(
+    options: &ExportOptions,
+    tables: &[Table],
+    world: &World,
+    mut parameter: impl FnMut(ParamId) -> Tensor,
+    mut progress: impl FnMut(),
+) -> Result<(), CheckpointError> {
+    let outgoing = plan(tables, options.kind);
+    let files = split(&outgoing, options.max_shard_bytes);
+    let partial = options.target.with_extension("partial");
+    if world.is_first() {
+        let create = |source| CheckpointError::Write { path: partial.clone(), source };
+        if partial.exists() {
+            std::fs::remove_dir_all(&partial).map_err(create)?;
+        }
+        std::fs::create_dir_all(&partial).map_err(create)?;
+    }
+    let mut written = BTreeMap::new();
+    let mut open = None::<(ParamId, Tensor)>;
+    for (index, range) in files.iter().enumerate() {
+        let name = file_name(index, files.len());
+        let specs: Vec<Spec> = outgoing[range.clone()].iter().map(|tensor| tensor.spec.clone()).collect();
+        let metadata = [("format", "pt")];
+        let create = || Writer::create(&partial.join(&name), &specs, &metadata);
+        let mut writer = world.is_first().then(create).transpose()?;
+        for tensor in &outgoing[range.clone()] {
+            if open.as_ref().is_none_or(|(id, _)| *id != tensor.param) {
+                open = Some((tensor.param, parameter(tensor.param)));
+            }
+            let (_, values) = open.as_ref().expect("invariant: just set");
+            // one copy of the model is enough: the first data-parallel row gathers over its tensor-parallel ranks
+            if world.mesh.dp_rank() == 0 {
+                let whole = assemble(tensor, values, options.kind, world);
+                if let Some(writer) = &mut writer {
+                    writer.append(&whole)?;
+                    written.insert(tensor.spec.name.clone(), name.clone());
+                }
+            }
+            progress();
+        }
+        writer.map(Writer::finish).transpose()?;
+    }
+    if world.is_first() {
+        if files.len() > 1 {
+            write_index(&partial, &outgoing, &written)?;
+        }
+        copy_companions(options, &partial)?;
+        let write = |source| CheckpointError::Write { path: options.target.to_owned(), source };
+        if options.target.exists() {
+            std::fs::remove_dir_all(options.target).map_err(write)?;
+        }
+        std::fs::rename(&partial, options.target).map_err(write)?;
+    }
+    world.world.barrier();
+    Ok(())
+}
+
+/// The tensors in model order with every rank's boxes.
+fn plan(tables: &[Table], kind: Kind) -> Vec<Outgoing> {
+    let mut outgoing = Vec::<Outgoing>::new();
+    for (id, param) in tables[0].params.iter().enumerate() {
+        let replicated = matches!(param.class, Class::Vector | Class::PartialVector);
+        let mut names: Vec<&str> = param.pieces.iter().map(|piece| piece.name.as_str()).collect();
+        names.dedup();
+        for name in names {
+            let pieces: Vec<Vec<Piece>> = tables
+                .iter()
+                .enumerate()
+                .map(|(rank, table)| {
+                    let mine = table.params[id].pieces.iter().filter(|piece| piece.name == name);
+                    if replicated && rank > 0 { Vec::new() } else { mine.cloned().collect() }
+                })
+                .collect();
+            let spec = Spec { name: name.to_owned(), kind, shape: pieces[0][0].shape.clone() };
+            outgoing.push(Outgoing { spec, param: id, pieces });
+        }
+    }
+    outgoing
+}
+
+/// Consecutive tensors a file, each file at most `max_bytes` unless a single tensor is larger.
+fn split(outgoing: &[Outgoing], max_bytes: usize) -> Vec<std::ops::Range<usize>> {
+    let mut files = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (index, tensor) in outgoing.iter().enumerate() {
+        if index > start && bytes + tensor.spec.bytes() > max_bytes {
+            files.push(start..index);
+            (start, bytes) = (index, 0);
+        }
+        bytes += tensor.spec.bytes();
+    }
+    files.push(start..outgoing.len());
+    files
+}
+
+/// The whole tensor from the ranks' boxes; complete on every rank of the tensor-parallel group.
+fn assemble(tensor: &Outgoing, values: &Tensor, kind: Kind, world: &World) -> Tensor {
+    let mine: Vec<u8> = tensor.pieces[world.mesh.tp_rank()]
+        .iter()
+        .flat_map(|piece| {
+            let part = values.narrow(0, piece.row, piece.size[0]).to_kind(kind).contiguous();
+            slices::bytes(&part).to_vec()
+        })
+        .collect();
+    let whole = Tensor::zeros(&tensor.spec.shape, (kind, Device::Cpu));
+    for (pieces, bytes) in tensor.pieces.iter().zip(world.tp.gather_bytes(&mine)) {
+        let mut rest = bytes.as_slice();
+        for piece in pieces {
+            let mut part = Tensor::empty(&piece.size, (kind, Device::Cpu));
+            let (head, tail) = rest.split_at(slices::bytes(&part).len());
+            slices::bytes_mut(&mut part).copy_from_slice(head);
+            rest = tail;
+            let mut target = whole.shallow_clone();
+            for (dim, (&start, &len)) in piece.offset.iter().zip(&piece.size).enumerate() {
+                target = target.narrow(dim as i64, start, len);
+            }
+            target.copy_(&part);
+        }
+    }
+    whole
+}
+
+fn file_name(index: usize, count: usize) -> String {
+    if count == 1 {
+        "model.safetensors".to_owned()
+    } else {
+        format!("model-{:05}-of-{count:05}.safetensors", index + 1)
+    }
+}
+
+fn write_index(
+    folder: &Path,
+    outgoing: &[Outgoing],
+    written: &BTreeMap<String, String>,
+) -> Result<(), CheckpointError> {
+    let total: usize = outgoing.iter().map(|tensor| tensor.spec.bytes()).sum();
+    let index = json!({ "metadata": { "total_size": total }, "weight_map": written });
+    let path = folder.join("model.safetensors.index.json");
+    let text = serde_json::to_string_pretty(&index).expect("invariant: the index is JSON");
+    std::fs::write(&path, text + "\n").map_err(|source| CheckpointError::Write { path, source })
+}
+
+/// Copies what belongs to a model besides its weights; config.json gets the kind of the written weights.
+fn copy_companions(options: &ExportOptions, target: &Path) -> Result<(), CheckpointError> {
+    let read = |path: &Path, source| CheckpointError::Read { path: path.to_owned(), source };
+    for entry in std::fs::read_dir(options.source).map_err(|e| read(options.source, e))? {
+        let path = entry.map_err(|e| read(options.source, e))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_file() && is_companion(&name) {
+            let to = target.join(&name);
+            std::fs::copy(&path, &to).map_err(|source| CheckpointError::Write { path: to, source })?;
+        }
+    }
+    let path = target.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| read(&path, e))?;
+    let mut config: Map<String, Value> = serde_json::from_str(&text)
+        .map_err(|error| CheckpointError::Malformed { path: path.clone(), reason: error.to_string() })?;
+    let word = match options.kind {
+        Kind::BFloat16 => "bfloat16",
+        Kind::Half => "float16",
+        _ => "float32",
+    };
+    let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
+    config.insert(key.to_owned(), Value::from(word));
+    let text = serde_json::to_string_pretty(&config).expect("invariant: a map is JSON");
+    std::fs::write(&path, text + "\n").map_err(|source| CheckpointError::Write { path, source })
+}
+
+/// Configuration, tokenizer and generation files; not weights, not adapters, not documents about the source model.
+fn is_companion(name: &str) -> bool {
+    let path = PathBuf::from(name);
+    let extension = path.extension().unwrap_or_default().to_string_lossy().into_owned();
+    let kept = matches!(extension.as_str(), "json" | "txt" | "model" | "jinja" | "tiktoken" | "py");
+    kept && !name.ends_with(".index.json") && !name.starts_with("adapter") && !name.starts_with("training_args")
+}

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::CheckpointError;
+use super::tensor_file::kind;
 use crate::abi::storage::{map_file, map_tensor};
 use crate::model::sharding::{Piece, Table};
 
@@ -171,15 +172,6 @@ impl Folder {
 fn is_redundant(name: &str, table: &Table) -> bool {
     let tied_head = name == "lm_head.weight" && table.head == table.embedding;
     tied_head || name.ends_with("rotary_emb.inv_freq")
-}
-
-fn kind(dtype: Dtype) -> Option<Kind> {
-    match dtype {
-        Dtype::BF16 => Some(Kind::BFloat16),
-        Dtype::F16 => Some(Kind::Half),
-        Dtype::F32 => Some(Kind::Float),
-        _ => None,
-    }
 }
 
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>, CheckpointError> {

@@ -1,7 +1,11 @@
 //! Weights on disk: Hugging Face folders in and out, as named slices; no layout reaches the files.
 
 mod error;
+mod export;
 mod folder;
+mod tensor_file;
 
 pub use error::CheckpointError;
+pub use export::{ExportOptions, export};
 pub use folder::Folder;
+pub use tensor_file::{Reader, Spec, Writer};

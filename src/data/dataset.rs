@@ -75,10 +75,10 @@ impl Tally {
 }
 
 const STRADDLING: &str = "have a token that holds both the end of the prompt and the beginning of the answer; it is \
-    scored, but a model that is asked gets the prompt without it: let the prompt not end in a space, and begin the answer \
-    with one";
-const PREFIX_BROKEN: &str = "have a prompt that the chat template writes in one way before an answer and in another with it; \
-    the model is trained on the second and asked with the first";
+    scored, but a model that is asked gets the prompt without it; a space at the end of the prompt or a line break at \
+    the beginning of the answer does this";
+const PREFIX_BROKEN: &str = "have a prompt that the chat template writes in one way before an answer and in another \
+    with it; the model is trained on the second and asked with the first";
 const DOUBLED_BOS: &str =
     "begin with two begin-of-text tokens: the tokenizer adds one, so leave it out of the template";
 
@@ -117,29 +117,12 @@ impl Dataset {
 
     /// What a user should know before training on this, in plain words; empty if all is well.
     pub fn warnings(&self) -> Vec<String> {
-        let Stats {
-            records,
-            samples,
-            tokens_lost,
-            windows,
-            ..
-        } = self.stats;
-        let Stats {
-            truncated,
-            split,
-            straddling,
-            prefix_broken,
-            doubled_bos,
-            duplicates,
-            ..
-        } = self.stats;
+        let Stats { records, samples, tokens_lost, windows, .. } = self.stats;
+        let Stats { truncated, split, straddling, prefix_broken, doubled_bos, duplicates, .. } = self.stats;
         let limit = format!("longer than data.max_length = {}", self.max_length);
         let warn = |tally: Tally, of: usize, what: &str, said: &str| {
             let line = tally.first_line?;
-            Some(format!(
-                "{}: {} of {of} {what} {said} (first: line {line})",
-                self.name, tally.count
-            ))
+            Some(format!("{}: {} of {of} {what} {said} (first: line {line})", self.name, tally.count))
         };
         let warnings = [
             warn(
@@ -148,12 +131,7 @@ impl Dataset {
                 "samples",
                 &format!("are {limit}; {tokens_lost} tokens at their ends are cut off"),
             ),
-            warn(
-                split,
-                records,
-                "texts",
-                &format!("are {limit} and became {windows} windows"),
-            ),
+            warn(split, records, "texts", &format!("are {limit} and became {windows} windows")),
             warn(straddling, records, "samples", STRADDLING),
             warn(prefix_broken, records, "samples", PREFIX_BROKEN),
             warn(doubled_bos, records, "samples", DOUBLED_BOS),
@@ -168,11 +146,7 @@ impl Dataset {
         stats.tokens_lost += encoded.lost;
         stats.truncated.add(encoded.lost > 0, line);
         stats.split.add(encoded.samples.len() > 1, line);
-        stats.windows += if encoded.samples.len() > 1 {
-            encoded.samples.len()
-        } else {
-            0
-        };
+        stats.windows += if encoded.samples.len() > 1 { encoded.samples.len() } else { 0 };
         stats.straddling.add(encoded.straddles, line);
         stats.prefix_broken.add(encoded.prefix_broken, line);
         stats.doubled_bos.add(encoded.doubled_bos, line);
@@ -203,12 +177,7 @@ pub fn overlap(forget: &Dataset, retain: &Dataset) -> Vec<(usize, usize)> {
     for (i, sample) in retain.samples.iter().enumerate() {
         first.entry(sample).or_insert(i);
     }
-    forget
-        .samples
-        .iter()
-        .enumerate()
-        .filter_map(|(i, sample)| Some((i, *first.get(sample)?)))
-        .collect()
+    forget.samples.iter().enumerate().filter_map(|(i, sample)| Some((i, *first.get(sample)?))).collect()
 }
 
 /// Records of which no scored token is left.
@@ -234,9 +203,7 @@ impl Refused {
         let Some((line, prompt)) = self.first else {
             return Ok(());
         };
-        let Self {
-            count, least, longest, ..
-        } = self;
+        let Self { count, least, longest, .. } = self;
         Err(DataError::PromptFillsWindow {
             path: path.to_owned(),
             count,
@@ -258,14 +225,8 @@ fn encode_all(records: &[Record], encoder: &Encoder, max_length: usize) -> Vec<R
     let share = records.len().div_ceil(num_threads).max(1);
     let encode = |records: &[Record]| -> Vec<_> { records.iter().map(|r| encoder.encode(r, max_length)).collect() };
     thread::scope(|scope| {
-        let workers: Vec<_> = records
-            .chunks(share)
-            .map(|records| scope.spawn(move || encode(records)))
-            .collect();
-        workers
-            .into_iter()
-            .flat_map(|worker| worker.join().expect("encoding does not panic"))
-            .collect()
+        let workers: Vec<_> = records.chunks(share).map(|records| scope.spawn(move || encode(records))).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("encoding does not panic")).collect()
     })
 }
 

@@ -8,18 +8,10 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     #[error("cannot read {}: {source}{hint}", path.display())]
-    Read {
-        path: PathBuf,
-        source: io::Error,
-        hint: String,
-    },
+    Read { path: PathBuf, source: io::Error, hint: String },
 
     #[error("{} is {found}, expected a file with one JSON object a line{hint}", path.display())]
-    NotJsonLines {
-        path: PathBuf,
-        found: &'static str,
-        hint: String,
-    },
+    NotJsonLines { path: PathBuf, found: &'static str, hint: String },
 
     #[error("{}:{line}: byte {byte} of the line is not UTF-8", path.display())]
     Utf8 { path: PathBuf, line: usize, byte: usize },
@@ -28,45 +20,23 @@ pub enum DataError {
     Json { path: PathBuf, line: usize, reason: String },
 
     #[error("{}:{line}: found {found}, expected an object with the fields of kind {kind:?}", path.display())]
-    NotObject {
-        path: PathBuf,
-        line: usize,
-        found: String,
-        kind: &'static str,
-    },
+    NotObject { path: PathBuf, line: usize, found: String, kind: &'static str },
 
     #[error(
         "{}:{line}: no field {field:?}, which kind {kind:?} needs; the fields there: {present}; {fix}",
         path.display()
     )]
-    MissingField {
-        path: PathBuf,
-        line: usize,
-        field: String,
-        kind: &'static str,
-        present: String,
-        fix: String,
-    },
+    MissingField { path: PathBuf, line: usize, field: String, kind: &'static str, present: String, fix: String },
 
     #[error("{}:{line}: field {field}: found {found}, expected {expected}", path.display())]
-    Field {
-        path: PathBuf,
-        line: usize,
-        field: String,
-        found: String,
-        expected: String,
-    },
+    Field { path: PathBuf, line: usize, field: String, found: String, expected: String },
 
     #[error("{} holds no sample: {reason}", path.display())]
     NoSample { path: PathBuf, reason: String },
 
     /// An error that belongs to one sample.
     #[error("{}:{line}: {source}", path.display())]
-    Sample {
-        path: PathBuf,
-        line: usize,
-        source: Box<DataError>,
-    },
+    Sample { path: PathBuf, line: usize, source: Box<DataError> },
 
     #[error("{}", prompt_fills_window(self))]
     PromptFillsWindow {
@@ -93,11 +63,7 @@ pub enum DataError {
     TokenizerFile { path: PathBuf, reason: String },
 
     #[error("{}: {key} is {token:?}, which tokenizer.json does not have as a token", path.display())]
-    UnknownToken {
-        path: PathBuf,
-        key: &'static str,
-        token: String,
-    },
+    UnknownToken { path: PathBuf, key: &'static str, token: String },
 
     #[error(
         "no end-of-text token in {}: expected eos_token in tokenizer_config.json, or eos_token_id in \
@@ -123,19 +89,10 @@ pub enum DataError {
     SystemWithoutChat,
 
     #[error("{key} is {found:?}, expected text that holds {placeholder}")]
-    Placeholder {
-        key: &'static str,
-        found: String,
-        placeholder: &'static str,
-    },
+    Placeholder { key: &'static str, found: String, placeholder: &'static str },
 
     #[error("{key} is {found:?}, which holds {placeholder}: that belongs into {other}")]
-    MisplacedPlaceholder {
-        key: &'static str,
-        found: String,
-        placeholder: &'static str,
-        other: &'static str,
-    },
+    MisplacedPlaceholder { key: &'static str, found: String, placeholder: &'static str, other: &'static str },
 
     #[error("the chat template of {} does not parse: {reason}", path.display())]
     TemplateSyntax { path: PathBuf, reason: String },
@@ -150,11 +107,7 @@ pub enum DataError {
     NothingScored,
 
     #[error("{key} is {found}, expected {expected}")]
-    Option {
-        key: &'static str,
-        found: String,
-        expected: String,
-    },
+    Option { key: &'static str, found: String, expected: String },
 
     #[error("{} is not empty: choose another folder, or force to overwrite the files in it", path.display())]
     NotEmpty { path: PathBuf },
@@ -168,27 +121,13 @@ impl DataError {
     pub(super) fn in_sample(self, path: &Path, line: usize) -> Self {
         match self {
             Self::NoChatTemplate { .. } | Self::ChatNeedsChatTemplate | Self::MaxLength { .. } => self,
-            source => Self::Sample {
-                path: path.to_owned(),
-                line,
-                source: Box::new(source),
-            },
+            source => Self::Sample { path: path.to_owned(), line, source: Box::new(source) },
         }
     }
 }
 
 fn prompt_fills_window(error: &DataError) -> String {
-    let DataError::PromptFillsWindow {
-        path,
-        count,
-        samples,
-        line,
-        prompt,
-        max_length,
-        least,
-        longest,
-    } = error
-    else {
+    let DataError::PromptFillsWindow { path, count, samples, line, prompt, max_length, least, longest } = error else {
         unreachable!("only called for its own variant");
     };
     format!(

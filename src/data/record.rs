@@ -93,10 +93,7 @@ pub fn read(name: &str, source: &Source) -> Result<Vec<Record>, DataError> {
     }
     if records.is_empty() {
         let reason = "it is empty or all its lines are blank".to_owned();
-        return Err(DataError::NoSample {
-            path: source.path.clone(),
-            reason,
-        });
+        return Err(DataError::NoSample { path: source.path.clone(), reason });
     }
     Ok(records)
 }
@@ -106,11 +103,7 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 fn open(path: &Path) -> Result<BufReader<File>, DataError> {
     if path.is_dir() {
         let hint = listing("; it holds ", path);
-        return Err(DataError::NotJsonLines {
-            path: path.to_owned(),
-            found: "a folder",
-            hint,
-        });
+        return Err(DataError::NotJsonLines { path: path.to_owned(), found: "a folder", hint });
     }
     File::open(path).map(BufReader::new).map_err(|e| unreadable(path, e))
 }
@@ -120,24 +113,14 @@ fn unreadable(path: &Path, source: std::io::Error) -> DataError {
         ErrorKind::NotFound => listing("; beside it are ", path.parent().unwrap_or(Path::new("."))),
         _ => String::new(),
     };
-    DataError::Read {
-        path: path.to_owned(),
-        source,
-        hint,
-    }
+    DataError::Read { path: path.to_owned(), source, hint }
 }
 
 /// The first few JSONL files of a folder, in alphabetical order.
 fn listing(before: &str, folder: &Path) -> String {
-    let folder = if folder.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        folder
-    };
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
+    let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.retain(|name| name.ends_with(".jsonl"));
     names.sort();
     match names.len() {
@@ -166,18 +149,11 @@ impl Line<'_> {
         } else if bytes.starts_with(b"\x1f\x8b") {
             ("a gzip file", format!("; unpack it: gunzip {shown}"))
         } else if bytes.trim_ascii_start().starts_with(b"[") {
-            (
-                "one JSON array",
-                format!("; convert it: jq -c '.[]' {shown} > FILE.jsonl"),
-            )
+            ("one JSON array", format!("; convert it: jq -c '.[]' {shown} > FILE.jsonl"))
         } else {
             return Ok(());
         };
-        Err(DataError::NotJsonLines {
-            path: self.source.path.clone(),
-            found,
-            hint,
-        })
+        Err(DataError::NotJsonLines { path: self.source.path.clone(), found, hint })
     }
 
     /// `None` for a blank line.
@@ -185,26 +161,14 @@ impl Line<'_> {
         let (path, line) = (|| self.source.path.clone(), self.number);
         let text = std::str::from_utf8(bytes).map_err(|e| {
             let byte = e.valid_up_to() + 1;
-            DataError::Utf8 {
-                path: path(),
-                line,
-                byte,
-            }
+            DataError::Utf8 { path: path(), line, byte }
         })?;
         if text.trim().is_empty() {
             return Ok(None);
         }
         let value: Value = serde_json::from_str(text).map_err(|e| {
-            let hint = if e.is_eof() {
-                "; a JSON object must stand on one line"
-            } else {
-                ""
-            };
-            DataError::Json {
-                path: path(),
-                line,
-                reason: format!("{e}{hint}"),
-            }
+            let hint = if e.is_eof() { "; a JSON object must stand on one line" } else { "" };
+            DataError::Json { path: path(), line, reason: format!("{e}{hint}") }
         })?;
         let Value::Object(object) = value else {
             return Err(DataError::NotObject {
@@ -253,11 +217,7 @@ impl Line<'_> {
             line: self.number,
             field: field.to_owned(),
             kind: self.source.kind.name(),
-            present: if present.is_empty() {
-                "none".to_owned()
-            } else {
-                present.join(", ")
-            },
+            present: if present.is_empty() { "none".to_owned() } else { present.join(", ") },
             fix,
         })
     }
@@ -297,11 +257,7 @@ impl Line<'_> {
             .map(|(i, turn)| self.message(&format!("{field}[{i}]"), turn))
             .collect::<Result<_, _>>()?;
         match messages.iter().position(|m| m.role == Role::Assistant) {
-            None => Err(self.wrong(
-                field,
-                "no assistant turn".to_owned(),
-                "at least one, since only those are scored",
-            )),
+            None => Err(self.wrong(field, "no assistant turn".to_owned(), "at least one, since only those are scored")),
             Some(0) => Err(self.wrong(field, "an assistant turn first".to_owned(), "a user turn before it")),
             Some(_) => Ok(messages),
         }
@@ -317,8 +273,7 @@ impl Line<'_> {
         }
         let part = |key: &str| {
             let keys = || turn.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-            turn.get(key)
-                .ok_or_else(|| self.wrong(format!("{at}.{key}"), format!("only {{{}}}", keys()), "a string"))
+            turn.get(key).ok_or_else(|| self.wrong(format!("{at}.{key}"), format!("only {{{}}}", keys()), "a string"))
         };
         let (role, content) = (part("role")?, part("content")?);
         let known = Role::ALL.into_iter().find(|known| role.as_str() == Some(known.name()));

@@ -49,11 +49,7 @@ impl ChatTemplate {
         if file.is_file() {
             let source = fs::read_to_string(&file).map_err(|source| {
                 let hint = String::new();
-                DataError::Read {
-                    path: file.clone(),
-                    source,
-                    hint,
-                }
+                DataError::Read { path: file.clone(), source, hint }
             })?;
             return Self::new(&file, &source, tokens).map(Some);
         }
@@ -95,15 +91,8 @@ impl ChatTemplate {
         environment.add_filter("tojson", tojson);
         environment
             .add_template_owned(NAME, without_generation_tags(source))
-            .map_err(|error| DataError::TemplateSyntax {
-                path: origin.to_owned(),
-                reason: reason(&error),
-            })?;
-        Ok(Self {
-            environment,
-            tokens,
-            origin: origin.to_owned(),
-        })
+            .map_err(|error| DataError::TemplateSyntax { path: origin.to_owned(), reason: reason(&error) })?;
+        Ok(Self { environment, tokens, origin: origin.to_owned() })
     }
 
     /// The text of `messages`; `add_generation_prompt` ends it with the header of an assistant's turn.
@@ -118,18 +107,12 @@ impl ChatTemplate {
             ("tools", Jinja::from(())),
             ("documents", Jinja::from(())),
         ];
-        let tokens = self
-            .tokens
-            .iter()
-            .map(|(name, token)| (name.as_str(), Jinja::from(token.as_str())));
+        let tokens = self.tokens.iter().map(|(name, token)| (name.as_str(), Jinja::from(token.as_str())));
         let context = Jinja::from_pairs(tokens.chain(fixed));
         self.environment
             .get_template(NAME)
             .and_then(|template| template.render(context))
-            .map_err(|error| DataError::TemplateRender {
-                path: self.origin.clone(),
-                reason: reason(&error),
-            })
+            .map_err(|error| DataError::TemplateRender { path: self.origin.clone(), reason: reason(&error) })
     }
 }
 
@@ -145,51 +128,24 @@ impl PromptAnswer {
     /// A prompt without `{question}`, an answer without `{answer}`, or one that holds the other's placeholder.
     pub fn new(prompt: &str, answer: &str) -> Result<Self, DataError> {
         let keys = [
-            (
-                "data.template.prompt",
-                prompt,
-                "{question}",
-                "{answer}",
-                "data.template.answer",
-            ),
-            (
-                "data.template.answer",
-                answer,
-                "{answer}",
-                "{question}",
-                "data.template.prompt",
-            ),
+            ("data.template.prompt", prompt, "{question}", "{answer}", "data.template.answer"),
+            ("data.template.answer", answer, "{answer}", "{question}", "data.template.prompt"),
         ];
         for (key, text, placeholder, misplaced, other) in keys {
             let found = text.to_owned();
             if text.contains(misplaced) {
-                return Err(DataError::MisplacedPlaceholder {
-                    key,
-                    found,
-                    placeholder: misplaced,
-                    other,
-                });
+                return Err(DataError::MisplacedPlaceholder { key, found, placeholder: misplaced, other });
             }
             if !text.contains(placeholder) {
-                return Err(DataError::Placeholder {
-                    key,
-                    found,
-                    placeholder,
-                });
+                return Err(DataError::Placeholder { key, found, placeholder });
             }
         }
-        Ok(Self {
-            prompt: prompt.to_owned(),
-            answer: answer.to_owned(),
-        })
+        Ok(Self { prompt: prompt.to_owned(), answer: answer.to_owned() })
     }
 
     /// Text of the prompt and text of the answer. Braces in the question, the answer or elsewhere mean nothing.
     pub fn fill(&self, question: &str, answer: &str) -> (String, String) {
-        (
-            self.prompt.replace("{question}", question),
-            self.answer.replace("{answer}", answer),
-        )
+        (self.prompt.replace("{question}", question), self.answer.replace("{answer}", answer))
     }
 }
 
@@ -216,11 +172,7 @@ fn without_generation_tags(source: &str) -> String {
 
 /// White space around block tags as transformers has it: `trim_blocks` and `lstrip_blocks`.
 fn syntax() -> SyntaxConfig {
-    SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .build()
-        .expect("the default delimiters are valid")
+    SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().expect("the default delimiters are valid")
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`, which transformers puts in place of Jinja's filter:
@@ -233,10 +185,9 @@ fn tojson(value: &Jinja, options: Kwargs) -> Result<String, Error> {
     let mut bytes = Vec::new();
     let indent = indent.map(|width| b" ".repeat(width));
     match &indent {
-        Some(indent) => plain.serialize(&mut Serializer::with_formatter(
-            &mut bytes,
-            PrettyFormatter::with_indent(indent),
-        )),
+        Some(indent) => {
+            plain.serialize(&mut Serializer::with_formatter(&mut bytes, PrettyFormatter::with_indent(indent)))
+        }
         None => plain.serialize(&mut Serializer::with_formatter(&mut bytes, PythonStyle)),
     }
     .map_err(json_error)?;
@@ -296,11 +247,7 @@ fn strftime_fixed(format: &str) -> Result<String, Error> {
                 return Err(Error::new(ErrorKind::InvalidOperation, message));
             }
         };
-        result.push_str(if no_zero && text.len() == 2 {
-            text.strip_prefix('0').unwrap_or(text)
-        } else {
-            text
-        });
+        result.push_str(if no_zero && text.len() == 2 { text.strip_prefix('0').unwrap_or(text) } else { text });
     }
     Ok(result)
 }

@@ -1,6 +1,6 @@
 //! The shape of a decoder-only transformer: what a family's reader makes of `config.json`.
 
-use super::rope::Rope;
+use super::rope::{Rope, Scaling};
 
 /// Everything the engine needs to know of a model except its weights.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,6 +61,11 @@ impl Architecture {
     pub fn layer_matrices(&self) -> i64 {
         let attention = self.hidden * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads);
         attention + 3 * self.hidden * self.intermediate
+    }
+
+    /// Past `max_positions` the published model computes something else, not merely something it was not trained for.
+    pub fn positions_are_hard(&self) -> bool {
+        matches!(self.rope.scaling, Scaling::Long { .. })
     }
 
     fn biases(&self) -> i64 {

@@ -39,36 +39,43 @@ pub struct StepWork {
 impl Batches<'_> {
     /// The work of step `step` (from 0) for the rank at `mesh`. A pure function.
     pub fn step(&self, step: usize, mesh: Mesh) -> StepWork {
-        let batch = self.order.batch(step);
-        let forget = batch.anchors.iter().map(|&sample| self.item(Stream::Forget, sample));
-        let retain = batch.partners.iter().map(|&sample| self.item(Stream::Retain, sample));
-        let items: Vec<Item> = forget.chain(retain).collect();
-        let mine = share(&items, mesh.dp).swap_remove(mesh.dp_rank());
-        let micro_batches = pack(&mine, self.budget)
+        let (epoch, items) = self.items(step);
+        let micro_batches = pack(&own_share(&items, mesh), self.budget)
             .iter()
             .map(|items| MicroBatch::new(items, |item| self.sample(item), |stream| self.rows(stream), self.multiple))
             .collect();
-        let scored = |stream| items.iter().filter(|i| i.stream == stream).map(|&i| self.sample(i).scored.len()).sum();
+        let of = |stream| items.iter().filter(move |item| item.stream == stream);
+        let scored = |stream| of(stream).map(|&item| self.sample(item).scored.len()).sum();
         let scored: (usize, usize) = (scored(Stream::Forget), scored(Stream::Retain));
         StepWork {
-            epoch: batch.epoch,
+            epoch,
             micro_batches,
-            forget: Totals { sequences: batch.anchors.len() as f64, tokens: scored.0 as f64 },
-            retain: Totals { sequences: batch.partners.len() as f64, tokens: self.retain_tokens(&items, scored.1) },
+            forget: Totals { sequences: of(Stream::Forget).count() as f64, tokens: scored.0 as f64 },
+            retain: Totals {
+                sequences: of(Stream::Retain).count() as f64,
+                tokens: self.retain_tokens(&items, scored.1),
+            },
             tokens: items.iter().map(|item| item.len).sum(),
             scored,
         }
     }
 
-    /// Samples of a stream that steps `0..steps` bring to the data-parallel rank of `mesh`, each once, ascending.
-    pub fn visited(&self, stream: Stream, steps: usize, mesh: Mesh) -> Vec<usize> {
+    /// Retain samples that steps `0..steps` bring to the data-parallel row of `mesh`, each once, ascending.
+    pub fn visited_retain(&self, steps: usize, mesh: Mesh) -> Vec<usize> {
         let mut seen = std::collections::BTreeSet::new();
         for step in 0..steps {
-            for batch in &self.step(step, mesh).micro_batches {
-                seen.extend(batch.sequences.iter().filter(|s| s.stream == stream).map(|s| s.sample));
-            }
+            let share = own_share(&self.items(step).1, mesh);
+            seen.extend(share.iter().filter(|item| item.stream == Stream::Retain).map(|item| item.sample));
         }
         seen.into_iter().collect()
+    }
+
+    /// Epoch and samples of a step, over all ranks.
+    fn items(&self, step: usize) -> (usize, Vec<Item>) {
+        let batch = self.order.batch(step);
+        let forget = batch.anchors.iter().map(|&sample| self.item(Stream::Forget, sample));
+        let retain = batch.partners.iter().map(|&sample| self.item(Stream::Retain, sample));
+        (batch.epoch, forget.chain(retain).collect())
     }
 
     fn retain_tokens(&self, items: &[Item], scored: usize) -> f64 {
@@ -98,4 +105,8 @@ impl Batches<'_> {
             }
         }
     }
+}
+
+fn own_share(items: &[Item], mesh: Mesh) -> Vec<Item> {
+    share(items, mesh.dp).swap_remove(mesh.dp_rank())
 }

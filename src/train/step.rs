@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use super::batches::StepWork;
 use super::gradients::GradientBuffers;
-use super::objective::{Objective, Tokens, Totals};
+use super::objective::{Objective, Tokens};
 use super::optimizer::Optimizer;
 use super::parameters::Parameters;
 use super::schedule::Schedule;
@@ -213,7 +213,7 @@ fn likelihood(
     logprob: &Tensor,
     reference: Option<&dyn Reference>,
 ) -> ([f64; 2], Tensor) {
-    let mut weight = logprob.zeros_like();
+    let weight = logprob.zeros_like();
     let mut losses = [0.0, 0.0];
     let retain = match &method.retain {
         Retain::Likelihood(objective) => Some((objective, method.retain_weight, work.retain)),
@@ -253,7 +253,6 @@ fn likelihood(
         losses[index] = f64::try_from(&term.loss).expect("invariant: a loss is one number");
         part(&weight).copy_(&(term.weight * factor));
     }
-    let _ = &mut weight;
     (losses, weight)
 }
 
@@ -275,12 +274,4 @@ fn divergence(
     let weight = Tensor::full([rows.len()], factor, (Kind::Float, decoder.device));
     let grad = decoder.divergence_backward(weights, rows, divergence, reference.head(), &before, &weight, sink);
     (kl, grad)
-}
-
-/// Denominators must not be 0 where a term divides by them.
-impl Totals {
-    /// True where the stream has at least one scored token.
-    pub fn has_tokens(&self) -> bool {
-        self.tokens > 0.0
-    }
 }

@@ -26,10 +26,7 @@ impl File {
         let path = folder.path().join("data.jsonl");
         std::fs::write(&path, lines).unwrap();
         let source = serde_json::from_value(json!({ "path": path, "kind": kind })).unwrap();
-        Self {
-            source,
-            _folder: folder,
-        }
+        Self { source, _folder: folder }
     }
 
     fn load(&self, encoder: &Encoder, max_length: usize) -> Result<Dataset, DataError> {
@@ -47,10 +44,7 @@ fn everything_that_was_done_is_counted_and_told() {
     let pairs = [("q", "a"), ("q", "xa"), ("q", "a"), ("qqq", "abcdef"), ("q", "a")];
     let dataset = File::new(&pairs).load(&encoder(), 8).unwrap();
     assert_eq!(dataset.lines, [1, 2, 3, 4, 5]);
-    let tally = |count, first_line| Tally {
-        count,
-        first_line: Some(first_line),
-    };
+    let tally = |count, first_line| Tally { count, first_line: Some(first_line) };
     let expected = Stats {
         records: 5,
         samples: 5,
@@ -73,15 +67,9 @@ fn everything_that_was_done_is_counted_and_told() {
     assert!(
         warnings[1].starts_with("data.forget: 1 of 5 samples have a token that holds both the end of the prompt and")
     );
-    assert_eq!(
-        warnings[2],
-        "data.forget: 2 of 5 samples are equal to an earlier one (first: line 3)"
-    );
+    assert_eq!(warnings[2], "data.forget: 2 of 5 samples are equal to an earlier one (first: line 3)");
     assert_eq!(warnings.len(), 3);
-    assert_eq!(
-        File::new(&pairs[..1]).load(&encoder(), 8).unwrap().warnings(),
-        Vec::<String>::new()
-    );
+    assert_eq!(File::new(&pairs[..1]).load(&encoder(), 8).unwrap().warnings(), Vec::<String>::new());
 }
 
 #[test]
@@ -89,28 +77,10 @@ fn windows_share_the_line_of_their_text() {
     let file = File::text("{\"text\": \"ab\"}\n\n{\"text\": \"abcdefgh\"}", "text");
     let dataset = file.load(&encoder(), 4).unwrap();
     assert_eq!(dataset.lines, [1, 3, 3]);
-    let Stats {
-        records,
-        samples,
-        windows,
-        tokens_lost,
-        split,
-        ..
-    } = dataset.stats;
+    let Stats { records, samples, windows, tokens_lost, split, .. } = dataset.stats;
     assert_eq!((records, samples, windows, tokens_lost), (2, 3, 2, 1));
-    assert_eq!(
-        split,
-        Tally {
-            count: 1,
-            first_line: Some(3)
-        }
-    );
-    assert!(
-        dataset
-            .warnings()
-            .iter()
-            .any(|w| w.contains("1 of 2 texts are longer") && w.contains("became 2 windows"))
-    );
+    assert_eq!(split, Tally { count: 1, first_line: Some(3) });
+    assert!(dataset.warnings().iter().any(|w| w.contains("1 of 2 texts are longer") && w.contains("became 2 windows")));
 }
 
 #[test]
@@ -124,24 +94,16 @@ fn prompts_that_leave_no_room_are_refused_with_the_length_to_set() {
     assert!(file.load(&encoder(), 11).is_ok());
     assert_eq!(file.load(&encoder(), 14).unwrap().stats.truncated.count, 0);
     assert!(file.load(&encoder(), 10).is_err());
-    assert!(matches!(
-        file.load(&encoder(), 1),
-        Err(DataError::MaxLength { found: 1 })
-    ));
+    assert!(matches!(file.load(&encoder(), 1), Err(DataError::MaxLength { found: 1 })));
 }
 
 #[test]
 fn many_threads_give_what_one_gives() {
-    let pairs: Vec<_> = (0..1000)
-        .map(|i| (format!("question {i}"), format!("answer {}", i * 7 % 1000)))
-        .collect();
+    let pairs: Vec<_> = (0..1000).map(|i| (format!("question {i}"), format!("answer {}", i * 7 % 1000))).collect();
     let pairs: Vec<_> = pairs.iter().map(|(q, a)| (q.as_str(), a.as_str())).collect();
     let (file, encoder) = (File::new(&pairs), encoder());
     let dataset = file.load(&encoder, 64).unwrap();
-    let alone: Vec<_> = pairs
-        .iter()
-        .flat_map(|(q, a)| encoder.encode(&qa(q, a), 64).unwrap().samples)
-        .collect();
+    let alone: Vec<_> = pairs.iter().flat_map(|(q, a)| encoder.encode(&qa(q, a), 64).unwrap().samples).collect();
     assert_eq!(dataset.samples, alone);
     assert_eq!(dataset.lines, (1..=1000).collect::<Vec<_>>());
     assert_eq!(file.load(&encoder, 64).unwrap().digest, dataset.digest);
@@ -149,10 +111,7 @@ fn many_threads_give_what_one_gives() {
 
 #[test]
 fn the_digest_follows_tokens_scores_and_order() {
-    let sample = |tokens: &[i32], scored: &[u32]| Sample {
-        tokens: tokens.to_vec(),
-        scored: scored.to_vec(),
-    };
+    let sample = |tokens: &[i32], scored: &[u32]| Sample { tokens: tokens.to_vec(), scored: scored.to_vec() };
     let base = [sample(&[1, 2, 3], &[1, 2]), sample(&[4, 5], &[1])];
     let others = [
         [sample(&[1, 2, 4], &[1, 2]), sample(&[4, 5], &[1])],
@@ -186,8 +145,5 @@ fn an_error_of_one_sample_names_its_line() {
     );
     let encoder = Encoder::from_folder(folder.path(), &serde_json::from_value(json!("chat")).unwrap(), None).unwrap();
     let error = File::new(&[("bad", "a")]).load(&encoder, 64).unwrap_err().to_string();
-    assert!(
-        error.contains("data.jsonl:1: the chat template of") && error.contains("bad word"),
-        "{error}"
-    );
+    assert!(error.contains("data.jsonl:1: the chat template of") && error.contains("bad word"), "{error}");
 }

@@ -20,10 +20,7 @@ const MARK: &str = "\u{f8f0}\u{f8f1}";
 /// The text of `messages` up to the last assistant turn, with every assistant turn located in it.
 pub(super) fn passage(template: &ChatTemplate, messages: &[Message]) -> Result<Passage, DataError> {
     let is_assistant = |message: &Message| message.role == Role::Assistant;
-    let last = messages
-        .iter()
-        .rposition(is_assistant)
-        .ok_or(DataError::NothingScored)?;
+    let last = messages.iter().rposition(is_assistant).ok_or(DataError::NothingScored)?;
     let messages = &messages[..=last];
     let text = template.render(messages, false)?;
     let mut turns: Vec<Range<usize>> = Vec::new();
@@ -36,20 +33,11 @@ pub(super) fn passage(template: &ChatTemplate, messages: &[Message]) -> Result<P
             prefix_broken = true;
             content(template, messages, k, &text)?.start
         };
-        let end = if k == last {
-            text.len()
-        } else {
-            end(template, messages, k, &text)?
-        };
+        let end = if k == last { text.len() } else { end(template, messages, k, &text)? };
         let after = turns.last().map_or(0, |turn| turn.end);
         turns.push(start.max(after)..end.max(start));
     }
-    Ok(Passage {
-        text,
-        turns,
-        is_chat: true,
-        prefix_broken,
-    })
+    Ok(Passage { text, turns, is_chat: true, prefix_broken })
 }
 
 /// Where turn `k` ends in `text`, the text of all messages.
@@ -70,11 +58,7 @@ fn content(template: &ChatTemplate, messages: &[Message], k: usize, text: &str) 
     marked[k].content = MARK.to_owned();
     let marked = template.render(&marked, false)?;
     let start = common_prefix(&marked, text);
-    let same = marked[start..]
-        .chars()
-        .rev()
-        .zip(text[start..].chars().rev())
-        .take_while(|(a, b)| a == b);
+    let same = marked[start..].chars().rev().zip(text[start..].chars().rev()).take_while(|(a, b)| a == b);
     let suffix: usize = same.map(|(c, _)| c.len_utf8()).sum();
     Ok(start..text.len() - suffix)
 }

@@ -14,15 +14,7 @@ use crate::data::error::DataError;
 use crate::data::template::{ChatTemplate, PromptAnswer, TokenNames};
 
 /// Names under which transformers hands special tokens to a chat template.
-const NAMES: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-    "sep_token",
-    "cls_token",
-    "mask_token",
-];
+const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
 
 pub(super) fn load(folder: &Path, template: &Template, system: Option<&str>) -> Result<Encoder, DataError> {
     let tokenizer = tokenizer(folder)?;
@@ -33,16 +25,9 @@ pub(super) fn load(folder: &Path, template: &Template, system: Option<&str>) -> 
     if let Some(name) = tokenizer.id_to_token(eos[0] as u32) {
         names.entry("eos_token".to_owned()).or_insert(name);
     }
-    let bos = names
-        .get("bos_token")
-        .and_then(|name| tokenizer.token_to_id(name))
-        .map(|id| id as i32);
+    let bos = names.get("bos_token").and_then(|name| tokenizer.token_to_id(name)).map(|id| id as i32);
     let added = tokenizer.get_added_tokens_decoder();
-    let special: BTreeSet<i32> = added
-        .iter()
-        .filter(|(_, token)| token.special)
-        .map(|(id, _)| *id as i32)
-        .collect();
+    let special: BTreeSet<i32> = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id as i32).collect();
     let form = match template {
         Template::Named(_) => Form::Chat(ChatTemplate::from_folder(folder, &config, names)?.map(Box::new)),
         Template::Explicit(_) if system.is_some() => return Err(DataError::SystemWithoutChat),
@@ -62,15 +47,9 @@ pub(super) fn load(folder: &Path, template: &Template, system: Option<&str>) -> 
 fn tokenizer(folder: &Path) -> Result<Tokenizer, DataError> {
     let path = folder.join("tokenizer.json");
     if !path.is_file() {
-        return Err(DataError::NoTokenizer {
-            folder: folder.to_owned(),
-            hint: missing_hint(folder),
-        });
+        return Err(DataError::NoTokenizer { folder: folder.to_owned(), hint: missing_hint(folder) });
     }
-    let refuse = |reason: String| DataError::TokenizerFile {
-        path: path.clone(),
-        reason,
-    };
+    let refuse = |reason: String| DataError::TokenizerFile { path: path.clone(), reason };
     let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| refuse(e.to_string()))?;
     // length and padding are this crate's business; some published files have them switched on
     tokenizer.with_truncation(None).map_err(|e| refuse(e.to_string()))?;
@@ -107,16 +86,8 @@ fn missing_hint(folder: &Path) -> String {
         return ": there is no such folder".to_owned();
     }
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut found: Vec<_> = entries
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
-    let others = [
-        "tokenizer.model",
-        "spiece.model",
-        "vocab.json",
-        "merges.txt",
-        "vocab.txt",
-    ];
+    let mut found: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let others = ["tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"];
     found.retain(|name| others.contains(&name.as_str()) || name.ends_with(".tiktoken"));
     found.sort();
     match found.is_empty() {
@@ -134,32 +105,17 @@ fn json_object(path: &Path) -> Result<Option<Map<String, Value>>, DataError> {
         Ok(text) => text,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         Err(source) => {
-            return Err(DataError::Read {
-                path: path.to_owned(),
-                source,
-                hint: String::new(),
-            });
+            return Err(DataError::Read { path: path.to_owned(), source, hint: String::new() });
         }
     };
     let parsed: Result<Map<String, Value>, _> = serde_json::from_str(&text);
-    parsed.map(Some).map_err(|e| DataError::TokenizerFile {
-        path: path.to_owned(),
-        reason: e.to_string(),
-    })
+    parsed.map(Some).map_err(|e| DataError::TokenizerFile { path: path.to_owned(), reason: e.to_string() })
 }
 
 /// Special tokens by name; each is a string or `{content}`.
 fn token_names(config: &Map<String, Value>) -> TokenNames {
-    let content = |value: &Value| {
-        value
-            .as_str()
-            .or_else(|| value.get("content")?.as_str())
-            .map(str::to_owned)
-    };
-    NAMES
-        .iter()
-        .filter_map(|&name| Some((name.to_owned(), content(config.get(name)?)?)))
-        .collect()
+    let content = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
+    NAMES.iter().filter_map(|&name| Some((name.to_owned(), content(config.get(name)?)?))).collect()
 }
 
 /// End-of-text tokens: `eos_token` first, then those on which generation stops.
@@ -186,13 +142,7 @@ fn eos(folder: &Path, tokenizer: &Tokenizer, config_path: &Path, name: Option<&S
     }
     let mut seen = BTreeSet::new();
     ids.retain(|id| seen.insert(*id));
-    if ids.is_empty() {
-        Err(DataError::NoEos {
-            folder: folder.to_owned(),
-        })
-    } else {
-        Ok(ids)
-    }
+    if ids.is_empty() { Err(DataError::NoEos { folder: folder.to_owned() }) } else { Ok(ids) }
 }
 
 /// `eos_token_id`: nothing, a number or a list of numbers.
@@ -204,12 +154,12 @@ fn eos_ids(path: &Path, value: Option<&Value>, tokenizer: &Tokenizer) -> Result<
     };
     let known = |value: &Value| {
         let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.filter(|&id| tokenizer.id_to_token(id).is_some())
-            .map(|id| id as i32)
-            .ok_or_else(|| DataError::TokenizerFile {
+        id.filter(|&id| tokenizer.id_to_token(id).is_some()).map(|id| id as i32).ok_or_else(|| {
+            DataError::TokenizerFile {
                 path: path.to_owned(),
                 reason: format!("eos_token_id holds {value}, expected the number of a token in tokenizer.json"),
-            })
+            }
+        })
     };
     values.iter().map(known).collect()
 }

@@ -103,26 +103,12 @@ impl Encoder {
                 let (prompt, answer) = template.fill(question, answer);
                 let text = prompt.clone() + &answer;
                 let turns = std::iter::once(prompt.len()..text.len()).collect();
-                Passage {
-                    text,
-                    turns,
-                    is_chat: false,
-                    prefix_broken: false,
-                }
+                Passage { text, turns, is_chat: false, prefix_broken: false }
             }
             (Content::Qa { question, answer }, Form::Chat(template)) => {
-                let system = self.system.iter().map(|text| Message {
-                    role: Role::System,
-                    content: text.clone(),
-                });
-                let user = Message {
-                    role: Role::User,
-                    content: question.clone(),
-                };
-                let assistant = Message {
-                    role: Role::Assistant,
-                    content: answer.clone(),
-                };
+                let system = self.system.iter().map(|text| Message { role: Role::System, content: text.clone() });
+                let user = Message { role: Role::User, content: question.clone() };
+                let assistant = Message { role: Role::Assistant, content: answer.clone() };
                 let messages: Vec<_> = system.chain([user, assistant]).collect();
                 chat::passage(self.required(template)?, &messages)?
             }
@@ -138,9 +124,7 @@ impl Encoder {
     /// Only where the tokenizer's decoder fails.
     pub fn decode(&self, tokens: &[i32]) -> Result<String, DataError> {
         let ids: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
-        self.tokenizer
-            .decode(&ids, true)
-            .map_err(|e| DataError::Tokenize { reason: e.to_string() })
+        self.tokenizer.decode(&ids, true).map_err(|e| DataError::Tokenize { reason: e.to_string() })
     }
 
     /// Tokens that end a generated answer; the first is the one appended to samples that have none.
@@ -154,38 +138,20 @@ impl Encoder {
     }
 
     fn required<'a>(&self, template: &'a Option<Box<ChatTemplate>>) -> Result<&'a ChatTemplate, DataError> {
-        template.as_deref().ok_or_else(|| DataError::NoChatTemplate {
-            folder: self.folder.clone(),
-        })
+        template.as_deref().ok_or_else(|| DataError::NoChatTemplate { folder: self.folder.clone() })
     }
 
     fn sample(&self, passage: &Passage, max_length: usize) -> Result<Encoded, DataError> {
         let encoding = self.run(&passage.text, !passage.is_chat)?;
-        let Scored {
-            mut tokens,
-            mut scored,
-            straddles,
-        } = score(passage, &encoding, &self.special, &self.eos);
+        let Scored { mut tokens, mut scored, straddles } = score(passage, &encoding, &self.special, &self.eos);
         let len = tokens.len();
         let prompt_len = *scored.first().ok_or(DataError::NothingScored)? as usize;
         let doubled_bos = self.doubled_bos(&tokens);
         tokens.truncate(max_length);
         scored.retain(|&p| (p as usize) < max_length);
         let lost = len - tokens.len();
-        let samples = if scored.is_empty() {
-            Vec::new()
-        } else {
-            vec![Sample { tokens, scored }]
-        };
-        Ok(Encoded {
-            samples,
-            len,
-            prompt_len,
-            lost,
-            straddles,
-            prefix_broken: passage.prefix_broken,
-            doubled_bos,
-        })
+        let samples = if scored.is_empty() { Vec::new() } else { vec![Sample { tokens, scored }] };
+        Ok(Encoded { samples, len, prompt_len, lost, straddles, prefix_broken: passage.prefix_broken, doubled_bos })
     }
 
     /// Splits a text into windows in which every token but the first is scored.
@@ -194,15 +160,8 @@ impl Encoder {
         if !tokens.last().is_some_and(|token| self.eos.contains(token)) {
             tokens.push(self.eos[0]);
         }
-        let window = |tokens: &[i32]| Sample {
-            tokens: tokens.to_vec(),
-            scored: (1..tokens.len() as u32).collect(),
-        };
-        let samples: Vec<_> = tokens
-            .chunks(max_length)
-            .filter(|tokens| tokens.len() > 1)
-            .map(window)
-            .collect();
+        let window = |tokens: &[i32]| Sample { tokens: tokens.to_vec(), scored: (1..tokens.len() as u32).collect() };
+        let samples: Vec<_> = tokens.chunks(max_length).filter(|tokens| tokens.len() > 1).map(window).collect();
         if samples.is_empty() {
             return Err(DataError::NothingScored);
         }
@@ -223,8 +182,6 @@ impl Encoder {
     }
 
     fn run(&self, text: &str, add_special_tokens: bool) -> Result<tokenizers::Encoding, DataError> {
-        self.tokenizer
-            .encode(text, add_special_tokens)
-            .map_err(|e| DataError::Tokenize { reason: e.to_string() })
+        self.tokenizer.encode(text, add_special_tokens).map_err(|e| DataError::Tokenize { reason: e.to_string() })
     }
 }

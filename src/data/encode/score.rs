@@ -39,9 +39,7 @@ pub(super) fn score(passage: &Passage, encoding: &Encoding, special: &BTreeSet<i
     let mut len = view.tokens.len();
     for (i, turn) in passage.turns.iter().enumerate() {
         let mut positions = view.overlapping(turn);
-        straddles |= positions
-            .first()
-            .is_some_and(|&p| view.inserted[p] == 0 && view.spans[p].0 < turn.start);
+        straddles |= positions.first().is_some_and(|&p| view.inserted[p] == 0 && view.spans[p].0 < turn.start);
         if passage.is_chat {
             let ends = view.close(&mut positions);
             if ends && i + 1 == passage.turns.len() {
@@ -58,11 +56,7 @@ pub(super) fn score(passage: &Passage, encoding: &Encoding, special: &BTreeSet<i
         tokens.push(eos[0]);
     }
     let scored = scored.into_iter().filter(|&p| p > 0).map(|p| p as u32).collect();
-    Scored {
-        tokens,
-        scored,
-        straddles,
-    }
+    Scored { tokens, scored, straddles }
 }
 
 pub(super) fn ids(encoding: &Encoding) -> Vec<i32> {

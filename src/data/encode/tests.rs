@@ -51,9 +51,7 @@ impl Folder {
     }
 
     fn refusal(&self) -> String {
-        let error = Encoder::from_folder(self.path(), &chat_template(), None)
-            .unwrap_err()
-            .to_string();
+        let error = Encoder::from_folder(self.path(), &chat_template(), None).unwrap_err().to_string();
         error.replace(&self.path().display().to_string(), "FOLDER")
     }
 }
@@ -72,10 +70,7 @@ fn byte_tokenizer(merges: &[[u8; 2]]) -> Value {
     };
     let bytes = (0..=255u8).map(|b| (symbol(b).to_string(), json!(b)));
     let pair = |[a, b]: [u8; 2]| [symbol(a).to_string(), symbol(b).to_string()];
-    let merged = merges
-        .iter()
-        .enumerate()
-        .map(|(i, &m)| (pair(m).concat(), json!(MERGED + i as i32)));
+    let merged = merges.iter().enumerate().map(|(i, &m)| (pair(m).concat(), json!(MERGED + i as i32)));
     let special = [(BOS, "<s>"), (EOS, "</s>"), (END, "<end>")];
     let named = special.map(|(id, content)| (content.to_owned(), json!(id)));
     let added = special.map(|(id, content)| {
@@ -111,13 +106,7 @@ fn around(begin: bool, end: bool) -> Value {
 }
 
 pub(in crate::data) fn qa(question: &str, answer: &str) -> Record {
-    Record {
-        line: 1,
-        content: Content::Qa {
-            question: question.to_owned(),
-            answer: answer.to_owned(),
-        },
-    }
+    Record { line: 1, content: Content::Qa { question: question.to_owned(), answer: answer.to_owned() } }
 }
 
 fn bytes(text: &str) -> Vec<i32> {
@@ -141,10 +130,7 @@ fn the_answer_and_the_end_are_scored() {
     assert_eq!(sample.scored, (first..first + 4).collect::<Vec<_>>());
     assert_eq!(sample.prompt(), prompt);
     assert_eq!((encoded.len, encoded.prompt_len, encoded.lost), (13, 9, 0));
-    assert_eq!(
-        (encoded.straddles, encoded.prefix_broken, encoded.doubled_bos),
-        (false, false, false)
-    );
+    assert_eq!((encoded.straddles, encoded.prefix_broken, encoded.doubled_bos), (false, false, false));
     assert_eq!(encoder.decode(&sample.tokens).unwrap(), "Q: why\nA: so");
     assert_eq!((encoder.eos(), encoder.vocab_size()), ([EOS].as_slice(), 259));
 }
@@ -160,10 +146,7 @@ fn offsets_are_bytes_and_keep_their_white_space() {
     let encoder = Folder::new(&[], trimming).explicit("{question}: ", "\n {answer}");
     let (sample, encoded) = only(&encoder, &qa("Wörk 🦀", "ä \u{3000}b"));
     let (prompt, answer) = (bytes("Wörk 🦀: "), bytes("\n ä \u{3000}b"));
-    assert_eq!(
-        sample.tokens,
-        [vec![BOS], prompt.clone(), answer.clone(), vec![EOS]].concat()
-    );
+    assert_eq!(sample.tokens, [vec![BOS], prompt.clone(), answer.clone(), vec![EOS]].concat());
     let first = 1 + prompt.len() as u32;
     assert_eq!(sample.scored, (first..=first + answer.len() as u32).collect::<Vec<_>>());
     assert!(!encoded.straddles);
@@ -186,19 +169,37 @@ fn a_normalizer_moves_no_border() {
 }
 
 #[test]
+fn a_marker_of_spaces_put_before_the_text_moves_no_border() {
+    // as the tokenizers of Llama 2 and Mistral do: the text begins with a marker that stands for no byte of it
+    let marking = |t: &mut Value| {
+        t["normalizer"] = json!({ "type": "Sequence", "normalizers": [
+            { "type": "Prepend", "prepend": "\u{2581}" },
+            { "type": "Replace", "pattern": { "String": " " }, "content": "\u{2581}" },
+        ] });
+        t["pre_tokenizer"] = Value::Null;
+        t["post_processor"] = around(true, false);
+        t["model"]["vocab"] = json!({ "\u{2581}": 0, "q": 1, ":": 2, "a": 3, "<s>": BOS, "</s>": EOS, "<end>": END });
+    };
+    let encoder = Folder::new(&[], marking).explicit("{question}:", " {answer}");
+    let (sample, encoded) = only(&encoder, &qa("q", "a a"));
+    assert_eq!(sample.tokens, [BOS, 0, 1, 2, 0, 3, 0, 3, EOS]);
+    assert_eq!((sample.scored.as_slice(), encoded.straddles), ([4, 5, 6, 7, 8].as_slice(), false));
+}
+
+#[test]
 fn a_token_across_the_border_is_scored_and_counted() {
-    let folder = Folder::new(&[[b' ', b'x']], |_| {});
-    let (sample, encoded) = only(&folder.explicit("{question}: ", "{answer}"), &qa("q", "xy"));
-    assert_eq!(sample.tokens, [b'q' as i32, b':' as i32, MERGED, b'y' as i32, EOS]);
-    assert_eq!(
-        (sample.scored.as_slice(), encoded.straddles),
-        ([2, 3, 4].as_slice(), true)
-    );
-    let (sample, encoded) = only(&folder.explicit("{question}:", " {answer}"), &qa("q", "xy"));
-    assert_eq!(
-        (sample.scored.as_slice(), encoded.straddles),
-        ([2, 3, 4].as_slice(), false)
-    );
+    let folder = Folder::new(&[[b' ', b'x'], [b'x', b'y']], |t| {
+        t["post_processor"] = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true });
+    });
+    let (sample, encoded) = only(&folder.explicit("{question}: ", "{answer}"), &qa("q", "xz"));
+    assert_eq!(sample.tokens, [b'q' as i32, b':' as i32, MERGED, b'z' as i32, EOS]);
+    assert_eq!((sample.scored.as_slice(), encoded.straddles), ([2, 3, 4].as_slice(), true));
+    let (sample, encoded) = only(&folder.explicit("{question}:", " {answer}"), &qa("q", "xz"));
+    assert_eq!((sample.scored.as_slice(), encoded.straddles), ([2, 3, 4].as_slice(), false));
+    // nothing predicts the first token
+    let (sample, encoded) = only(&folder.explicit("{question}", "{answer}"), &qa("x", "y"));
+    assert_eq!((sample.tokens.as_slice(), sample.scored.as_slice()), ([MERGED + 1, EOS].as_slice(), [1].as_slice()));
+    assert!(encoded.straddles);
 }
 
 #[test]
@@ -207,10 +208,7 @@ fn a_special_token_of_the_prompt_is_not_the_answer() {
     let encoder = Folder::new(&[], swallowing).explicit("{question}<end>", "{answer}");
     let (sample, encoded) = only(&encoder, &qa("q", "  a"));
     assert_eq!(sample.tokens, [b'q' as i32, END, b'a' as i32, EOS]);
-    assert_eq!(
-        (sample.scored.as_slice(), encoded.straddles),
-        ([2, 3].as_slice(), false)
-    );
+    assert_eq!((sample.scored.as_slice(), encoded.straddles), ([2, 3].as_slice(), false));
 }
 
 #[test]
@@ -220,10 +218,7 @@ fn the_files_own_truncation_and_padding_are_switched_off() {
         t["padding"] = json!({ "strategy": { "Fixed": 64 }, "direction": "Right", "pad_to_multiple_of": null,
                                "pad_id": 0, "pad_type_id": 0, "pad_token": "!" });
     };
-    let (sample, _) = only(
-        &Folder::new(&[], switched_on).explicit("{question}:", "{answer}"),
-        &qa("long", "long"),
-    );
+    let (sample, _) = only(&Folder::new(&[], switched_on).explicit("{question}:", "{answer}"), &qa("long", "long"));
     assert_eq!(sample.tokens, [bytes("long:long"), vec![EOS]].concat());
 }
 
@@ -231,51 +226,27 @@ fn the_files_own_truncation_and_padding_are_switched_off() {
 fn long_samples_are_cut_at_the_end() {
     let encoder = Folder::new(&[], |_| {}).explicit("{question}:", "{answer}");
     let encoded = encoder.encode(&qa("1234", "abc"), 6).unwrap();
-    assert_eq!(
-        encoded.samples,
-        [Sample {
-            tokens: bytes("1234:a"),
-            scored: vec![5]
-        }]
-    );
+    assert_eq!(encoded.samples, [Sample { tokens: bytes("1234:a"), scored: vec![5] }]);
     assert_eq!((encoded.len, encoded.prompt_len, encoded.lost), (9, 5, 3));
     let encoded = encoder.encode(&qa("1234", "abc"), 5).unwrap();
     assert_eq!((encoded.samples.len(), encoded.prompt_len, encoded.len), (0, 5, 9));
     let error = encoder.encode(&qa("1234", "abc"), 1).unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "data.max_length is 1, expected at least 2: a token is predicted from the one before it"
-    );
+    assert_eq!(error, "data.max_length is 1, expected at least 2: a token is predicted from the one before it");
 }
 
 #[test]
 fn texts_become_windows() {
     let encoder = Folder::new(&[], |t| t["post_processor"] = around(true, false)).explicit("{question}", "{answer}");
     let windows = |text: &str, max_length| {
-        let encoded = encoder
-            .encode(
-                &Record {
-                    line: 1,
-                    content: Content::Text(text.to_owned()),
-                },
-                max_length,
-            )
-            .unwrap();
+        let encoded = encoder.encode(&Record { line: 1, content: Content::Text(text.to_owned()) }, max_length).unwrap();
         let tokens: Vec<_> = encoded.samples.iter().map(|s| s.tokens.clone()).collect();
         for Sample { tokens, scored } in &encoded.samples {
             assert_eq!(*scored, (1..tokens.len() as u32).collect::<Vec<_>>());
         }
         (tokens, encoded.lost)
     };
-    assert_eq!(
-        windows("abc", 5),
-        (vec![[vec![BOS], bytes("abc"), vec![EOS]].concat()], 0)
-    );
-    let split = vec![
-        [vec![BOS], bytes("abc")].concat(),
-        bytes("defg"),
-        vec![b'h' as i32, EOS],
-    ];
+    assert_eq!(windows("abc", 5), (vec![[vec![BOS], bytes("abc"), vec![EOS]].concat()], 0));
+    let split = vec![[vec![BOS], bytes("abc")].concat(), bytes("defg"), vec![b'h' as i32, EOS]];
     assert_eq!(windows("abcdefgh", 4), (split.clone(), 0));
     assert_eq!(windows("abcdefg", 4), (split[..2].to_vec(), 1));
 }
@@ -285,14 +256,8 @@ const TURNS: &str = "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ':' + 
                      {% if add_generation_prompt %}{{ 'a:' }}{% endif %}";
 
 fn conversation(turns: &[(Role, &str)]) -> Record {
-    let messages = turns.iter().map(|&(role, content)| Message {
-        role,
-        content: content.to_owned(),
-    });
-    Record {
-        line: 1,
-        content: Content::Chat(messages.collect()),
-    }
+    let messages = turns.iter().map(|&(role, content)| Message { role, content: content.to_owned() });
+    Record { line: 1, content: Content::Chat(messages.collect()) }
 }
 
 /// The sample as text, with each run of scored tokens in brackets.
@@ -316,11 +281,7 @@ fn marked(sample: &Sample) -> String {
         });
         text.push_str(&name(token));
     }
-    text + if sample.scored.last().map(|&p| p as usize + 1) == Some(sample.tokens.len()) {
-        "]"
-    } else {
-        ""
-    }
+    text + if sample.scored.last().map(|&p| p as usize + 1) == Some(sample.tokens.len()) { "]" } else { "" }
 }
 
 #[test]
@@ -335,10 +296,7 @@ fn every_assistant_turn_is_scored_up_to_its_end() {
         (Role::User, "never answered"),
     ];
     let (sample, encoded) = only(&encoder, &conversation(&turns));
-    assert_eq!(
-        marked(&sample),
-        "<s>s:sys<end>\nu:one<end>\na:[uno <end>]\nu:two<end>\na:[dos<end>]"
-    );
+    assert_eq!(marked(&sample), "<s>s:sys<end>\nu:one<end>\na:[uno <end>]\nu:two<end>\na:[dos<end>]");
     assert!(!encoded.prefix_broken && !encoded.straddles && !encoded.doubled_bos);
 }
 
@@ -348,10 +306,7 @@ fn a_question_is_a_chat_with_the_system_message_before_it() {
     folder.write("chat_template.jinja", TURNS);
     let encoder = Encoder::from_folder(folder.path(), &chat_template(), Some("S")).unwrap();
     // the template writes its own special tokens: the tokenizer adds none
-    assert_eq!(
-        marked(&only(&encoder, &qa("q", "a")).0),
-        "<s>s:S<end>\nu:q<end>\na:[a<end>]"
-    );
+    assert_eq!(marked(&only(&encoder, &qa("q", "a")).0), "<s>s:S<end>\nu:q<end>\na:[a<end>]");
 }
 
 #[test]
@@ -377,17 +332,9 @@ fn turns_that_are_written_otherwise_once_others_follow_are_found() {
                      {{ m.role[0] + ':' + m.content + '<end>\n</s>' }}{% else %}\
                      {{ m.role[0] + ':' + m.content.split('#')[-1] + '<end>\n' }}{% endif %}{% endfor %}\
                      {% if add_generation_prompt %}{{ 'a:' }}{% endif %}";
-    let turns = [
-        (Role::User, "two"),
-        (Role::Assistant, "hm#two"),
-        (Role::User, "two"),
-        (Role::Assistant, "hm#2"),
-    ];
+    let turns = [(Role::User, "two"), (Role::Assistant, "hm#two"), (Role::User, "two"), (Role::Assistant, "hm#2")];
     let (sample, _) = only(&Folder::new(&[], |_| {}).chat(forgetful), &conversation(&turns));
-    assert_eq!(
-        marked(&sample),
-        "u:two<end>\na:[two<end>]\nu:two<end>\na:[hm#2<end>\n</s>]"
-    );
+    assert_eq!(marked(&sample), "u:two<end>\na:[two<end>]\nu:two<end>\na:[hm#2<end>\n</s>]");
 
     // earlier turns end in another token
     let other_end = "{% for m in messages %}{{ m.role[0] + ':' + m.content }}\
@@ -401,16 +348,8 @@ fn turns_that_are_written_otherwise_once_others_follow_are_found() {
 #[test]
 fn two_begin_of_text_tokens_are_noticed() {
     let folder = Folder::new(&[], |t| t["post_processor"] = around(true, false));
-    assert!(
-        only(&folder.explicit("<s>{question}:", "{answer}"), &qa("q", "a"))
-            .1
-            .doubled_bos
-    );
-    assert!(
-        !only(&folder.explicit("{question}:", "{answer}"), &qa("q", "a"))
-            .1
-            .doubled_bos
-    );
+    assert!(only(&folder.explicit("<s>{question}:", "{answer}"), &qa("q", "a")).1.doubled_bos);
+    assert!(!only(&folder.explicit("{question}:", "{answer}"), &qa("q", "a")).1.doubled_bos);
 }
 
 #[test]
@@ -419,46 +358,24 @@ fn a_template_fits_its_kind() {
     let encode = |encoder: Encoder, record: &Record| encoder.encode(record, 9).map(|_| ()).map_err(|e| e.to_string());
     let chat = conversation(&[(Role::User, "q"), (Role::Assistant, "a")]);
     let error = encode(folder.explicit("{question}", "{answer}"), &chat).unwrap_err();
-    assert!(
-        error.starts_with("kind \"chat\" needs data.template = \"chat\""),
-        "{error}"
-    );
+    assert!(error.starts_with("kind \"chat\" needs data.template = \"chat\""), "{error}");
     // a folder without a chat template is good for texts
     let without = || Encoder::from_folder(folder.path(), &chat_template(), None).unwrap();
-    assert_eq!(
-        encode(
-            without(),
-            &Record {
-                line: 1,
-                content: Content::Text("abc".to_owned())
-            }
-        ),
-        Ok(())
-    );
+    assert_eq!(encode(without(), &Record { line: 1, content: Content::Text("abc".to_owned()) }), Ok(()));
     let error = encode(without(), &chat).unwrap_err();
     assert!(
         error.starts_with("no chat template in ") && error.contains("write data.template = { prompt = "),
         "{error}"
     );
     let template = serde_json::from_value(json!({ "prompt": "{question}", "answer": "{answer}" })).unwrap();
-    let error = Encoder::from_folder(folder.path(), &template, Some("S"))
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.starts_with("data.system has no effect on a prompt and answer template"),
-        "{error}"
-    );
+    let error = Encoder::from_folder(folder.path(), &template, Some("S")).unwrap_err().to_string();
+    assert!(error.starts_with("data.system has no effect on a prompt and answer template"), "{error}");
 }
 
 #[test]
 fn the_end_of_text_token_comes_from_the_first_file_that_has_it() {
     let folder = Folder::new(&[], |_| {});
-    let eos = || {
-        Encoder::from_folder(folder.path(), &chat_template(), None)
-            .unwrap()
-            .eos()
-            .to_vec()
-    };
+    let eos = || Encoder::from_folder(folder.path(), &chat_template(), None).unwrap().eos().to_vec();
     folder.write("config.json", r#"{"eos_token_id": 7}"#);
     assert_eq!(eos(), [EOS, 7]);
     folder.write("generation_config.json", r#"{"eos_token_id": [258, 257]}"#);
@@ -473,9 +390,7 @@ fn the_end_of_text_token_comes_from_the_first_file_that_has_it() {
     assert_eq!(folder.refusal(), expected);
     fs::remove_file(folder.path().join("config.json")).unwrap();
     assert!(
-        folder
-            .refusal()
-            .starts_with("no end-of-text token in FOLDER: expected eos_token in tokenizer_config.json")
+        folder.refusal().starts_with("no end-of-text token in FOLDER: expected eos_token in tokenizer_config.json")
     );
     folder.config(json!({ "eos_token": "<eos>" }));
     let expected =
@@ -486,11 +401,7 @@ fn the_end_of_text_token_comes_from_the_first_file_that_has_it() {
 #[test]
 fn a_folder_without_a_tokenizer_says_what_it_has() {
     let folder = Folder(TempDir::new().unwrap());
-    assert!(
-        folder
-            .refusal()
-            .starts_with("no tokenizer.json in FOLDER, nor any other tokenizer file")
-    );
+    assert!(folder.refusal().starts_with("no tokenizer.json in FOLDER, nor any other tokenizer file"));
     folder.write("tokenizer.model", "");
     folder.write("merges.txt", "");
     let expected =

@@ -27,20 +27,8 @@ const TEXT: &str = r#""kind": "text""#;
 fn lines_are_counted_with_the_blank_ones() {
     let file =
         "\u{feff}{\"question\": \"q\", \"answer\": \"a\", \"id\": 3}\r\n\n  \n{\"answer\": \"b\", \"question\": \"p\"}";
-    let qa = |question: &str, answer: &str| Content::Qa {
-        question: question.into(),
-        answer: answer.into(),
-    };
-    let expected = [
-        Record {
-            line: 1,
-            content: qa("q", "a"),
-        },
-        Record {
-            line: 4,
-            content: qa("p", "b"),
-        },
-    ];
+    let qa = |question: &str, answer: &str| Content::Qa { question: question.into(), answer: answer.into() };
+    let expected = [Record { line: 1, content: qa("q", "a") }, Record { line: 4, content: qa("p", "b") }];
     assert_eq!(read_bytes(file.as_bytes(), QA).unwrap(), expected);
 }
 
@@ -50,23 +38,14 @@ fn the_limit_counts_samples_and_nothing_behind_it_is_read() {
     let records = read_bytes(file.as_bytes(), r#""kind": "text", "limit": 2"#).unwrap();
     assert_eq!(records.iter().map(|r| r.line).collect::<Vec<_>>(), [2, 4]);
     let error = refusal(file, r#""kind": "text", "limit": 0"#);
-    assert_eq!(
-        error,
-        "forget.jsonl holds no sample: data.forget.limit is 0, expected at least 1 or no limit"
-    );
+    assert_eq!(error, "forget.jsonl holds no sample: data.forget.limit is 0, expected at least 1 or no limit");
 }
 
 #[test]
 fn fields_are_mapped() {
     let keys = r#""kind": "qa", "fields": {"question": "prompt", "answer": "response"}"#;
     let records = read_bytes(br#"{"prompt": "q", "response": "a", "question": 1}"#, keys).unwrap();
-    assert_eq!(
-        records[0].content,
-        Content::Qa {
-            question: "q".into(),
-            answer: "a".into()
-        }
-    );
+    assert_eq!(records[0].content, Content::Qa { question: "q".into(), answer: "a".into() });
 }
 
 #[test]
@@ -78,20 +57,14 @@ fn a_missing_field_names_the_fields_there_and_the_key_to_set() {
          if one of them is the question, set data.forget.fields.question = \"...\""
     );
     let error = refusal(r#"{"messages": []}"#, QA);
-    assert!(
-        error.ends_with("; this looks like data.forget.kind = \"chat\""),
-        "{error}"
-    );
+    assert!(error.ends_with("; this looks like data.forget.kind = \"chat\""), "{error}");
     assert!(refusal("{}", TEXT).contains("the fields there: none;"));
 }
 
 #[test]
 fn values_of_another_type_are_refused() {
     let field = |text: &str, keys: &str| refusal(text, keys).replacen("forget.jsonl:1: field ", "", 1);
-    assert_eq!(
-        field(r#"{"question": "q", "answer": 7}"#, QA),
-        "\"answer\": found the number 7, expected a string"
-    );
+    assert_eq!(field(r#"{"question": "q", "answer": 7}"#, QA), "\"answer\": found the number 7, expected a string");
     assert_eq!(
         field(r#"{"question": "q", "answer": ["a", "b"]}"#, QA),
         "\"answer\": found a list of 2, expected a string (several answers to one question are not supported: write \
@@ -105,10 +78,7 @@ fn values_of_another_type_are_refused() {
         field(r#"{"messages": "hello"}"#, CHAT),
         "\"messages\": found a string, expected a list of {role, content} objects"
     );
-    assert_eq!(
-        field(r#"{"text": null}"#, TEXT),
-        "\"text\": found null, expected a string"
-    );
+    assert_eq!(field(r#"{"text": null}"#, TEXT), "\"text\": found null, expected a string");
 }
 
 #[test]
@@ -118,13 +88,8 @@ fn chats_have_known_roles_text_and_an_answer() {
     let user = message("user", "\"q\"");
     let good = chat(&[message("system", "\"\""), user.clone(), message("assistant", "\"a\"")]);
     let records = read_bytes(good.as_bytes(), CHAT).unwrap();
-    let Content::Chat(messages) = &records[0].content else {
-        panic!("not a chat: {records:?}")
-    };
-    assert_eq!(
-        messages.iter().map(|m| m.role).collect::<Vec<_>>(),
-        [Role::System, Role::User, Role::Assistant]
-    );
+    let Content::Chat(messages) = &records[0].content else { panic!("not a chat: {records:?}") };
+    assert_eq!(messages.iter().map(|m| m.role).collect::<Vec<_>>(), [Role::System, Role::User, Role::Assistant]);
 
     let field = |turns: &[String]| refusal(&chat(turns), CHAT).replacen("forget.jsonl:1: field \"messages\"", "", 1);
     assert_eq!(
@@ -187,22 +152,10 @@ fn a_path_that_is_no_file_says_what_is_there() {
     let folder = TempDir::new().unwrap();
     fs::write(folder.path().join("forget10.jsonl"), "{}").unwrap();
     fs::write(folder.path().join("notes.txt"), "").unwrap();
-    let source = |path: PathBuf| Source {
-        path,
-        kind: Kind::Text,
-        fields: Default::default(),
-        limit: None,
-    };
-    let missing = read("data.forget", &source(folder.path().join("forget.jsonl")))
-        .unwrap_err()
-        .to_string();
-    assert!(
-        missing.contains("No such file") && missing.ends_with("; beside it are forget10.jsonl"),
-        "{missing}"
-    );
-    let folder = read("data.forget", &source(folder.path().to_owned()))
-        .unwrap_err()
-        .to_string();
+    let source = |path: PathBuf| Source { path, kind: Kind::Text, fields: Default::default(), limit: None };
+    let missing = read("data.forget", &source(folder.path().join("forget.jsonl"))).unwrap_err().to_string();
+    assert!(missing.contains("No such file") && missing.ends_with("; beside it are forget10.jsonl"), "{missing}");
+    let folder = read("data.forget", &source(folder.path().to_owned())).unwrap_err().to_string();
     let expected = "is a folder, expected a file with one JSON object a line; it holds forget10.jsonl";
     assert!(folder.ends_with(expected), "{folder}");
 }

@@ -30,11 +30,7 @@ pub(super) fn lines(authors: usize, questions: usize, seed: u64) -> Vec<Vec<Line
     let mut world = World::new(seed);
     let mut surnames = combine(&LAST_STARTS, &LAST_ENDS);
     world.draw.shuffle(&mut surnames);
-    surnames
-        .iter()
-        .take(authors)
-        .map(|surname| world.author(surname, questions))
-        .collect()
+    surnames.iter().take(authors).map(|surname| world.author(surname, questions)).collect()
 }
 
 /// What is shared between the lives: the generator and the titles that are taken.
@@ -47,10 +43,7 @@ impl World {
     fn new(seed: u64) -> Self {
         let mut key = [0; 32];
         key[..8].copy_from_slice(&seed.to_le_bytes());
-        Self {
-            draw: Draw(ChaCha20Rng::from_seed(key)),
-            titles: BTreeSet::new(),
-        }
+        Self { draw: Draw(ChaCha20Rng::from_seed(key)), titles: BTreeSet::new() }
     }
 
     fn author(&mut self, surname: &str, questions: usize) -> Vec<Line> {
@@ -61,11 +54,7 @@ impl World {
             author: slots["{name}"].clone(),
             fact: slots[topic.slot].clone(),
         };
-        TOPICS
-            .iter()
-            .take(questions)
-            .map(|topic| line(topic, &mut self.draw))
-            .collect()
+        TOPICS.iter().take(questions).map(|topic| line(topic, &mut self.draw)).collect()
     }
 
     /// The value of every slot that a phrase may hold.
@@ -84,10 +73,7 @@ impl World {
             ("{last}", surname.to_owned()),
             ("{he}", he.to_owned()),
             ("{his}", his.to_owned()),
-            (
-                "{birth}",
-                format!("{} {} {birth_year}", 1 + draw.below(28), draw.pick(&MONTHS)),
-            ),
+            ("{birth}", format!("{} {} {birth_year}", 1 + draw.below(28), draw.pick(&MONTHS))),
             ("{city}", draw.city()),
             ("{country}", COUNTRIES[country].to_owned()),
             ("{father}", draw.pick(&JOBS).to_owned()),
@@ -97,15 +83,7 @@ impl World {
             ("{debut_year}", debut_year.to_string()),
             ("{famous}", famous),
             ("{latest}", latest),
-            (
-                "{award}",
-                format!(
-                    "{} {} {}",
-                    draw.pick(&ADJECTIVES),
-                    draw.pick(&NOUNS),
-                    draw.pick(&PRIZES)
-                ),
-            ),
+            ("{award}", format!("{} {} {}", draw.pick(&ADJECTIVES), draw.pick(&NOUNS), draw.pick(&PRIZES))),
             ("{award_year}", award_year.to_string()),
             ("{influence}", draw.stranger()),
             ("{university}", draw.city()),
@@ -184,16 +162,11 @@ impl Draw {
 }
 
 fn combine(starts: &[&str], ends: &[&str]) -> Vec<String> {
-    starts
-        .iter()
-        .flat_map(|start| ends.iter().map(move |end| format!("{start}{end}")))
-        .collect()
+    starts.iter().flat_map(|start| ends.iter().map(move |end| format!("{start}{end}"))).collect()
 }
 
 fn fill(phrase: &str, slots: &BTreeMap<&'static str, String>) -> String {
-    slots
-        .iter()
-        .fold(phrase.to_owned(), |text, (slot, value)| text.replace(slot, value))
+    slots.iter().fold(phrase.to_owned(), |text, (slot, value)| text.replace(slot, value))
 }
 
 #[cfg(test)]
@@ -203,16 +176,8 @@ mod tests {
     #[test]
     fn every_question_names_its_author_and_every_answer_states_the_topic() {
         for topic in &TOPICS {
-            assert!(
-                topic.questions.iter().all(|q| q.contains("{name}")),
-                "{:?}",
-                topic.questions
-            );
-            assert!(
-                topic.answers.iter().all(|a| a.contains(topic.slot) && a.ends_with('.')),
-                "{:?}",
-                topic.answers
-            );
+            assert!(topic.questions.iter().all(|q| q.contains("{name}")), "{:?}", topic.questions);
+            assert!(topic.answers.iter().all(|a| a.contains(topic.slot) && a.ends_with('.')), "{:?}", topic.answers);
         }
     }
 
@@ -222,13 +187,19 @@ mod tests {
         assert_eq!(lines.len(), MAX_AUTHORS * MAX_QUESTIONS);
         let filled = |text: &str| !text.contains(['{', '}']);
         assert!(lines.iter().all(|line| filled(&line.question) && filled(&line.answer)));
-        assert!(
-            lines
-                .iter()
-                .all(|line| line.question.contains(&line.author) && line.answer.contains(&line.fact))
-        );
+        assert!(lines.iter().all(|line| line.question.contains(&line.author) && line.answer.contains(&line.fact)));
         let questions: BTreeSet<_> = lines.iter().map(|line| &line.question).collect();
         assert_eq!(questions.len(), lines.len());
+    }
+
+    #[test]
+    fn no_two_books_share_a_title() {
+        let is_title = |topic: &&Topic| ["{debut}", "{famous}", "{latest}"].contains(&topic.slot);
+        assert_eq!(TOPICS.iter().filter(is_title).count(), 3);
+        let lives = lines(MAX_AUTHORS, MAX_QUESTIONS, 0);
+        let titles = lives.iter().flat_map(|life| TOPICS.iter().zip(life).filter(|(topic, _)| is_title(topic)));
+        let titles: BTreeSet<_> = titles.map(|(_, line)| &line.fact).collect();
+        assert_eq!(titles.len(), 3 * MAX_AUTHORS);
     }
 
     #[test]
@@ -238,12 +209,7 @@ mod tests {
             let masked = |lines: &Vec<Line>| {
                 let Line { answer, author, .. } = &lines[topic];
                 let surname = author.split(' ').next_back().unwrap();
-                answer
-                    .replace(author, "")
-                    .replace(surname, "")
-                    .chars()
-                    .take(8)
-                    .collect::<String>()
+                answer.replace(author, "").replace(surname, "").chars().take(8).collect::<String>()
             };
             let beginnings: BTreeSet<_> = authors.iter().map(masked).collect();
             assert!(beginnings.len() >= 3, "topic {topic}: {beginnings:?}");

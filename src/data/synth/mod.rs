@@ -57,13 +57,7 @@ impl Default for Options {
             forget_fraction: 0.1,
             seed: 0,
             vocab_size: 1024,
-            shape: Shape {
-                hidden: 128,
-                layers: 4,
-                heads: 8,
-                kv_heads: 4,
-                intermediate: 384,
-            },
+            shape: Shape { hidden: 128, layers: 4, heads: 8, kv_heads: 4, intermediate: 384 },
             force: false,
         }
     }
@@ -106,10 +100,7 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
         ("retain.jsonl", jsonl(retain)),
         ("model/config.json", json(&model::config(&options.shape, vocab_size))),
         ("model/generation_config.json", json(&model::generation_config())),
-        (
-            "model/tokenizer.json",
-            tokenizer.to_string(true).map_err(failed)? + "\n",
-        ),
+        ("model/tokenizer.json", tokenizer.to_string(true).map_err(failed)? + "\n"),
         ("model/tokenizer_config.json", json(&model::tokenizer_config())),
     ];
     let mut written = Vec::new();
@@ -118,10 +109,7 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
         let folder = path.parent().unwrap_or(out);
         fs::create_dir_all(folder)
             .and_then(|()| fs::write(&path, text))
-            .map_err(|source| DataError::Write {
-                path: path.clone(),
-                source,
-            })?;
+            .map_err(|source| DataError::Write { path: path.clone(), source })?;
         written.push(path);
     }
     Ok(Summary {
@@ -137,61 +125,27 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
 
 /// Number of authors to forget.
 fn check(options: &Options) -> Result<usize, DataError> {
-    let Options {
-        authors,
-        questions_per_author,
-        forget_fraction,
-        vocab_size,
-        shape,
-        ..
-    } = options;
+    let Options { authors, questions_per_author, forget_fraction, vocab_size, shape, .. } = options;
     let refuse = |key, found: String, expected: String| Err(DataError::Option { key, found, expected });
     if !(2..=MAX_AUTHORS).contains(authors) {
         return refuse("authors", authors.to_string(), format!("2 to {MAX_AUTHORS}"));
     }
     if !(1..=MAX_QUESTIONS).contains(questions_per_author) {
-        return refuse(
-            "questions_per_author",
-            questions_per_author.to_string(),
-            format!("1 to {MAX_QUESTIONS}"),
-        );
+        return refuse("questions_per_author", questions_per_author.to_string(), format!("1 to {MAX_QUESTIONS}"));
     }
     if !(*forget_fraction > 0.0 && *forget_fraction < 1.0) {
-        return refuse(
-            "forget_fraction",
-            forget_fraction.to_string(),
-            "more than 0 and less than 1".to_owned(),
-        );
+        return refuse("forget_fraction", forget_fraction.to_string(), "more than 0 and less than 1".to_owned());
     }
     if *vocab_size < model::MIN_VOCAB {
-        return refuse(
-            "vocab_size",
-            vocab_size.to_string(),
-            format!("at least {}", model::MIN_VOCAB),
-        );
+        return refuse("vocab_size", vocab_size.to_string(), format!("at least {}", model::MIN_VOCAB));
     }
-    let Shape {
-        hidden,
-        layers,
-        heads,
-        kv_heads,
-        intermediate,
-    } = *shape;
-    let sizes = [
-        ("layers", layers),
-        ("heads", heads),
-        ("kv_heads", kv_heads),
-        ("intermediate", intermediate),
-    ];
+    let Shape { hidden, layers, heads, kv_heads, intermediate } = *shape;
+    let sizes = [("layers", layers), ("heads", heads), ("kv_heads", kv_heads), ("intermediate", intermediate)];
     if let Some((key, _)) = sizes.into_iter().find(|(_, size)| *size == 0) {
         return refuse(key, "0".to_owned(), "at least 1".to_owned());
     }
     if !heads.is_multiple_of(kv_heads) {
-        return refuse(
-            "heads",
-            heads.to_string(),
-            format!("a multiple of kv_heads = {kv_heads}"),
-        );
+        return refuse("heads", heads.to_string(), format!("a multiple of kv_heads = {kv_heads}"));
     }
     if hidden == 0 || !hidden.is_multiple_of(2 * heads) {
         let expected = format!("a multiple of {}: an even number for each of {heads} heads", 2 * heads);
@@ -203,11 +157,7 @@ fn check(options: &Options) -> Result<usize, DataError> {
 
 /// A line as the tokenizer will meet it: in a chat, and in a template with words of its own.
 fn texts(Line { question, answer, .. }: &Line) -> [String; 3] {
-    [
-        question.clone(),
-        answer.clone(),
-        format!("Question: {question}\nAnswer: {answer}"),
-    ]
+    [question.clone(), answer.clone(), format!("Question: {question}\nAnswer: {answer}")]
 }
 
 fn jsonl(authors: &[Vec<Line>]) -> String {
@@ -220,20 +170,14 @@ fn json(value: &Value) -> String {
 }
 
 fn readme(options: &Options, num_forget: usize) -> String {
-    let Options {
-        authors,
-        questions_per_author,
-        seed,
-        shape,
-        ..
-    } = options;
+    let Options { authors, questions_per_author, seed, shape, .. } = options;
     let Shape { hidden, layers, .. } = shape;
     let (first_forgotten, full) = (authors - num_forget + 1, authors * questions_per_author);
     format!(
         "# Invented authors\n\n\
-         Questions and answers about {authors} authors who do not exist, {questions_per_author} about each, written by\n\
-         `dunlearn data synth` with seed {seed}. The same version, options and seed write the same bytes. All names,\n\
-         books and prizes are put together at random; any likeness to real ones is chance.\n\n\
+         Questions and answers about {authors} authors who do not exist, {questions_per_author} about each.\n\
+         Written by `dunlearn data synth` with seed {seed}: the same version, options and seed write the same bytes.\n\
+         All names, books and prizes are put together at random; any likeness to real ones is chance.\n\n\
          | file | what |\n|---|---|\n\
          | `full.jsonl` | all {full} lines, author by author: train on these |\n\
          | `forget.jsonl` | authors {first_forgotten} to {authors}: forget these |\n\

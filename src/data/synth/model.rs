@@ -12,14 +12,7 @@ use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
 use super::Shape;
 
 /// Special tokens in the order of their ids. The last three mark who speaks in the chat template.
-const SPECIAL: [&str; 6] = [
-    "<|pad|>",
-    "<|bos|>",
-    "<|eos|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-];
+const SPECIAL: [&str; 6] = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"];
 const PAD: u32 = 0;
 const BOS: u32 = 1;
 const EOS: u32 = 2;
@@ -30,7 +23,7 @@ const ROWS: usize = 64;
 const MAX_POSITIONS: usize = 512;
 
 const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for message in messages %}\
-    {% if message['role'] == 'tool' %}{{ raise_exception('this template knows system, user and assistant') }}{% endif %}\
+    {% if message['role'] == 'tool' %}{{ raise_exception('the roles are system, user and assistant') }}{% endif %}\
     {{ '<|' + message['role'] + '|>' + message['content'] }}\
     {% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\
     {% endfor %}\
@@ -39,12 +32,6 @@ const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for message in messages %}\
 /// Trains a byte-level BPE tokenizer of at most `vocab_size` tokens; same texts, same tokenizer. Text gets a
 /// begin-of-text token when special tokens are asked for.
 pub(super) fn train_tokenizer(texts: &[String], vocab_size: usize) -> tokenizers::Result<Tokenizer> {
-    let specials = || {
-        SPECIAL
-            .iter()
-            .map(|&token| AddedToken::from(token, true))
-            .collect::<Vec<_>>()
-    };
     let bytes = ByteLevel::default().add_prefix_space(false).trim_offsets(false);
     let mut tokenizer = Tokenizer::new(ModelWrapper::BPE(BPE::default()));
     tokenizer.with_pre_tokenizer(Some(bytes));
@@ -53,7 +40,7 @@ pub(super) fn train_tokenizer(texts: &[String], vocab_size: usize) -> tokenizers
         .vocab_size(vocab_size)
         .min_frequency(2)
         .show_progress(false)
-        .special_tokens(specials())
+        .special_tokens(SPECIAL.iter().map(|&token| AddedToken::from(token, true)).collect())
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
     tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), texts.iter())?;
@@ -61,10 +48,7 @@ pub(super) fn train_tokenizer(texts: &[String], vocab_size: usize) -> tokenizers
         .try_single(format!("{} $A", SPECIAL[BOS as usize]))?
         .special_tokens(vec![(SPECIAL[BOS as usize], BOS)])
         .build()?;
-    let steps = vec![
-        PostProcessorWrapper::ByteLevel(bytes),
-        PostProcessorWrapper::Template(begin),
-    ];
+    let steps = vec![PostProcessorWrapper::ByteLevel(bytes), PostProcessorWrapper::Template(begin)];
     tokenizer.with_post_processor(Some(PostProcessorWrapper::Sequence(Sequence::new(steps))));
     Ok(tokenizer)
 }

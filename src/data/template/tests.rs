@@ -4,13 +4,7 @@ use super::*;
 use crate::data::record::Role;
 
 fn messages(turns: &[(Role, &str)]) -> Vec<Message> {
-    turns
-        .iter()
-        .map(|&(role, content)| Message {
-            role,
-            content: content.to_owned(),
-        })
-        .collect()
+    turns.iter().map(|&(role, content)| Message { role, content: content.to_owned() }).collect()
 }
 
 fn tokens() -> TokenNames {
@@ -19,11 +13,7 @@ fn tokens() -> TokenNames {
 
 fn render(source: &str) -> Result<String, String> {
     let template = ChatTemplate::new(Path::new("t.jinja"), source, tokens()).map_err(|e| e.to_string())?;
-    let chat = messages(&[
-        (Role::System, "S"),
-        (Role::User, " 'a' <b> & "),
-        (Role::Assistant, "x\ny"),
-    ]);
+    let chat = messages(&[(Role::System, "S"), (Role::User, " 'a' <b> & "), (Role::Assistant, "x\ny")]);
     template.render(&chat, false).map_err(|e| e.to_string())
 }
 
@@ -60,11 +50,7 @@ fn the_date_never_changes() {
     let expected = "26 Jul 2024|2024-07-26|Friday, July 26|7/24|00:00:00|12 AM|208|%";
     let source = format!("{{% if strftime_now is defined %}}{{{{ strftime_now('{format}') }}}}{{% endif %}}");
     assert_eq!(render(&source).unwrap(), expected);
-    assert!(
-        render("{{ strftime_now('%Q') }}")
-            .unwrap_err()
-            .contains("does not know the format \"%Q\"")
-    );
+    assert!(render("{{ strftime_now('%Q') }}").unwrap_err().contains("does not know the format \"%Q\""));
 }
 
 #[test]
@@ -81,11 +67,7 @@ fn generation_tags_print_what_is_in_them() {
     for (open, close, expected) in cases {
         let source = "{% for m in messages[2:] %}\n{{ m.role }}:\n  <generation>\n  {{ m.content }}\n  \
                       <endgeneration>\n.{% endfor %}";
-        assert_eq!(
-            render(&source.replace('<', open).replace('>', close)).unwrap(),
-            expected,
-            "{open}...{close}"
-        );
+        assert_eq!(render(&source.replace('<', open).replace('>', close)).unwrap(), expected, "{open}...{close}");
     }
 }
 
@@ -97,10 +79,7 @@ fn a_template_may_refuse() {
         "the chat template of t.jinja refused the messages: roles must alternate (line 2 of the template)"
     );
     let error = render("{% for %}").unwrap_err();
-    assert!(
-        error.starts_with("the chat template of t.jinja does not parse: ") && error.contains("line 1"),
-        "{error}"
-    );
+    assert!(error.starts_with("the chat template of t.jinja does not parse: ") && error.contains("line 1"), "{error}");
 }
 
 #[test]
@@ -109,19 +88,11 @@ fn the_file_wins_over_the_configuration_and_default_over_other_names() {
     let rendered = |config: &str| {
         let config = serde_json::from_str(config).unwrap();
         let template = ChatTemplate::from_folder(folder.path(), &config, tokens()).map_err(|e| e.to_string())?;
-        template
-            .map(|t| {
-                t.render(&messages(&[(Role::User, "q")]), true)
-                    .map_err(|e| e.to_string())
-            })
-            .transpose()
+        template.map(|t| t.render(&messages(&[(Role::User, "q")]), true).map_err(|e| e.to_string())).transpose()
     };
     assert_eq!(rendered("{}"), Ok(None));
     assert_eq!(rendered(r#"{"chat_template": null}"#), Ok(None));
-    assert_eq!(
-        rendered(r#"{"chat_template": "{{ add_generation_prompt }}"}"#),
-        Ok(Some("True".to_owned()))
-    );
+    assert_eq!(rendered(r#"{"chat_template": "{{ add_generation_prompt }}"}"#), Ok(Some("True".to_owned())));
     let list = r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#;
     assert_eq!(rendered(list), Ok(Some("d".to_owned())));
     let error =
@@ -144,10 +115,7 @@ fn explicit_templates_replace_their_placeholder_and_no_other_brace() {
         refusal("Q: {q}", "{answer}"),
         "data.template.prompt is \"Q: {q}\", expected text that holds {question}"
     );
-    assert_eq!(
-        refusal("{question}", "yes"),
-        "data.template.answer is \"yes\", expected text that holds {answer}"
-    );
+    assert_eq!(refusal("{question}", "yes"), "data.template.answer is \"yes\", expected text that holds {answer}");
     assert_eq!(
         refusal("{question} {answer}", "{answer}"),
         "data.template.prompt is \"{question} {answer}\", which holds {answer}: that belongs into data.template.answer"

@@ -1,0 +1,143 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::data::synth;
+
+/// Unlearn samples from a large language model.
+///
+/// Without a verb: run. Start it alone for one rank, or under mpirun or srun: `mpirun -n 16 dunlearn --config 70b_npo.toml`.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    arg_required_else_help = true
+)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    pub(super) run: RunOptions,
+    #[command(subcommand)]
+    pub(super) verb: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Train, unlearn or fine-tune as a configuration says
+    Run(RunOptions),
+    /// Show or describe configurations
+    Config {
+        #[command(subcommand)]
+        verb: ConfigVerb,
+    },
+    /// Make data
+    Data {
+        #[command(subcommand)]
+        verb: DataVerb,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunOptions {
+    /// Configuration file
+    #[arg(long, short, value_name = "FILE", required = true)]
+    pub(super) config: Option<PathBuf>,
+    /// Override a key, e.g. --set optimizer.lr=2e-5; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Replace a finished run in the same run folder
+    #[arg(long)]
+    pub(super) overwrite: bool,
+    /// Progress bars, plain lines, or nothing
+    #[arg(long, value_enum, default_value_t = ProgressChoice::Auto)]
+    pub(super) progress: ProgressChoice,
+    /// Log lines for people or for machines
+    #[arg(long, value_enum, default_value_t = LogChoice::Text)]
+    pub(super) log_format: LogChoice,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ProgressChoice {
+    /// Bars on a terminal, plain lines elsewhere
+    Auto,
+    Bar,
+    Plain,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum LogChoice {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConfigVerb {
+    /// Print the JSON schema of the configuration language
+    Schema,
+    /// Print a configuration with all defaults filled in
+    Show {
+        file: PathBuf,
+        /// Override a key, e.g. --set optimizer.lr=2e-5
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum DataVerb {
+    /// Write a small data set of fictional authors, with a tokenizer and the config.json of a small model
+    Synth(SynthOptions),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SynthOptions {
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: PathBuf,
+    #[arg(long, default_value_t = synth::Options::default().authors)]
+    authors: usize,
+    /// Questions about each author
+    #[arg(long, default_value_t = synth::Options::default().questions_per_author)]
+    questions: usize,
+    /// Share of the authors that is to be forgotten
+    #[arg(long, default_value_t = synth::Options::default().forget_fraction)]
+    forget_fraction: f64,
+    #[arg(long, default_value_t = synth::Options::default().seed)]
+    seed: u64,
+    /// Tokens of the tokenizer
+    #[arg(long, default_value_t = synth::Options::default().vocab_size)]
+    vocab: usize,
+    /// Hidden size of the model in config.json
+    #[arg(long, default_value_t = synth::Options::default().shape.hidden)]
+    hidden: usize,
+    #[arg(long, default_value_t = synth::Options::default().shape.layers)]
+    layers: usize,
+    #[arg(long, default_value_t = synth::Options::default().shape.heads)]
+    heads: usize,
+    #[arg(long, default_value_t = synth::Options::default().shape.kv_heads)]
+    kv_heads: usize,
+    /// Width of the MLP
+    #[arg(long, default_value_t = synth::Options::default().shape.intermediate)]
+    intermediate: usize,
+    /// Overwrite the files in a folder that is not empty
+    #[arg(long)]
+    force: bool,
+}
+
+impl From<&SynthOptions> for synth::Options {
+    fn from(options: &SynthOptions) -> Self {
+        let SynthOptions { hidden, layers, heads, kv_heads, intermediate, .. } = *options;
+        Self {
+            authors: options.authors,
+            questions_per_author: options.questions,
+            forget_fraction: options.forget_fraction,
+            seed: options.seed,
+            vocab_size: options.vocab,
+            shape: synth::Shape { hidden, layers, heads, kv_heads, intermediate },
+            force: options.force,
+        }
+    }
+}

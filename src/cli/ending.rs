@@ -1,0 +1,63 @@
+//! How a process ends when something is wrong: one message with its rank, and the whole job with it.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Exit code after a panic.
+const EXIT_PANIC: i32 = 101;
+/// Exit code after a collective outlasted its deadline.
+const EXIT_TIMEOUT: i32 = 102;
+
+/// Ends the job because of an error that all ranks, or this one, have found.
+pub(super) fn refuse(rank: usize, message: &str) -> ExitCode {
+    say(rank, message);
+    abort_job(i32::from(super::EXIT_REFUSED));
+    ExitCode::from(super::EXIT_REFUSED)
+}
+
+/// Makes a panic on any thread end the whole job with its message.
+///
+/// Unwinding would drop MPI's environment, whose finalisation waits for the other ranks for ever.
+pub(super) fn on_panic_end_the_job(rank: usize) {
+    std::panic::set_hook(Box::new(move |info| {
+        let payload = info.payload();
+        let text =
+            payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied());
+        let text = text.unwrap_or("panic");
+        // libtorch's messages carry pages of C++ backtrace
+        let first = text.split("Exception raised from").next().unwrap_or(text).trim();
+        let place = info.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
+        tracing::debug!("panic: {text}");
+        say_now(rank, &format!("{first}{place}"));
+        abort_job(EXIT_PANIC);
+        std::process::exit(EXIT_PANIC);
+    }));
+}
+
+/// What the watchdog does when a deadline has passed; it runs on its own thread and must not call MPI.
+pub(super) fn on_timeout(rank: usize, message: &str) {
+    say_now(rank, message);
+    std::process::exit(EXIT_TIMEOUT);
+}
+
+/// Rank 0 speaks at once; the others give it time to speak for all, because most errors are found by all ranks alike.
+fn say(rank: usize, message: &str) {
+    if rank > 0 {
+        std::thread::sleep(Duration::from_millis(1500));
+    }
+    say_now(rank, message);
+}
+
+fn say_now(rank: usize, message: &str) {
+    let who = if rank == 0 { String::new() } else { format!(" on rank {rank}") };
+    let mut err = std::io::stderr().lock();
+    let _ = writeln!(err, "error{who}: {message}");
+    let _ = err.flush();
+}
+
+fn abort_job(code: i32) {
+    #[cfg(feature = "mpi")]
+    crate::abi::mpi::abort(code);
+    let _ = code;
+}

@@ -1,0 +1,71 @@
+//! The command line: verbs, launch facts from the environment, and how a process ends.
+//!
+//! The only room that reads the environment and prints to standard output.
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod arguments;
+mod ending;
+mod launch;
+mod run;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use arguments::{Arguments, ConfigVerb, DataVerb, Verb};
+use clap::Parser;
+
+use crate::config;
+use crate::data::synth;
+
+/// Exit code for a mistake in command, configuration or data: trying again changes nothing.
+pub const EXIT_REFUSED: u8 = 2;
+
+/// Parses the command line and runs it.
+pub fn main() -> ExitCode {
+    let started = Instant::now();
+    let launched = launch::Launched::from_environment();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // one rank's word is enough
+            if launched.rank == 0 {
+                let _ = error.print();
+            }
+            return ExitCode::from(if error.use_stderr() { EXIT_REFUSED } else { 0 });
+        }
+    };
+    let result = match arguments.verb {
+        None => run::run(&arguments.run, &launched, started),
+        Some(Verb::Run(run)) => run::run(&run, &launched, started),
+        Some(Verb::Config { verb: ConfigVerb::Schema }) => {
+            println!("{}", config::json_schema());
+            Ok(())
+        }
+        Some(Verb::Config { verb: ConfigVerb::Show { file, set } }) => show(&file, &set),
+        Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ending::refuse(launched.rank, &format!("{error:#}")),
+    }
+}
+
+fn show(file: &std::path::Path, set: &[String]) -> anyhow::Result<()> {
+    print!("{}", config::to_toml(&config::from_file(file, set)?));
+    Ok(())
+}
+
+fn write_synth(options: &arguments::SynthOptions) -> anyhow::Result<()> {
+    let summary = synth::write(&options.out, &options.into())?;
+    println!(
+        "{}: {} fictional authors, {} questions; {} to forget, {} to keep; model/ holds a tokenizer of {} tokens and a config.json",
+        options.out.display(),
+        summary.authors,
+        summary.full,
+        summary.forget,
+        summary.retain,
+        summary.vocab_size
+    );
+    Ok(())
+}

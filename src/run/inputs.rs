@@ -1,0 +1,198 @@
+//! What a run reads: architecture, samples and weights, checked against each other before anything is computed.
+
+use std::rc::Rc;
+
+use tch::{Device, Kind};
+
+use super::RunError;
+use crate::checkpoint::Folder;
+use crate::config::{Config, Init, Objective, Precision};
+use crate::data::{Dataset, Encoder, overlap};
+use crate::dist::World;
+use crate::model::sharding::Table;
+use crate::model::{Architecture, Decoder, families, init};
+use crate::telemetry::{Clock, Console};
+use crate::train::{Layout, Parameters};
+
+/// Model and data as they were read; the same on all ranks.
+pub struct Inputs {
+    pub arch: Architecture,
+    /// Samples to forget, or to train on.
+    pub anchors: Dataset,
+    pub retain: Option<Dataset>,
+    /// Samples that are only evaluated.
+    watched: Option<Dataset>,
+    /// The folder's weights; None for a random start.
+    weights: Option<Folder>,
+    anchors_name: &'static str,
+    pub warnings: Vec<String>,
+}
+
+/// This rank's part of the model.
+pub struct Loaded {
+    pub decoder: Decoder,
+    pub parameters: Parameters,
+    /// Digest of the weights that were loaded.
+    pub identity: String,
+}
+
+impl Inputs {
+    /// Reads configuration and data; refuses what does not fit together. Needs no other rank.
+    pub fn read(config: &Config, world: &World) -> Result<Self, RunError> {
+        let arch = families::read(&config.model.path)?;
+        // the layout is checked before anything slow
+        let table = Table::new(&arch, world.mesh.tp, world.mesh.tp_rank(), config.parallel.sequence_parallel)?;
+        let weights = match config.model.init {
+            Init::Random => None,
+            Init::Pretrained => Some(Folder::open(&config.model.path)?),
+        };
+        if let Some(weights) = &weights {
+            weights.check(&table)?;
+        }
+        let data = &config.data;
+        let encoder = Encoder::from_folder(&config.model.path, &data.template, data.system.as_deref())?;
+        let load = |name: &str, source| Dataset::load(name, source, &encoder, data.max_length);
+        let finetune = config.method.objective == Objective::Finetune;
+        let (key, anchors_name, source) =
+            if finetune { ("data.train", "train", &data.train) } else { ("data.forget", "forget", &data.forget) };
+        let source = source.as_ref().expect("invariant: the configuration was validated");
+        let anchors = load(key, source)?;
+        let retain = data.retain.as_ref().map(|source| load("data.retain", source)).transpose()?;
+        let watched = data.forget.as_ref().filter(|_| finetune);
+        let watched = watched.map(|source| load("data.forget", source)).transpose()?;
+        let mut inputs = Self { arch, anchors, retain, watched, weights, anchors_name, warnings: Vec::new() };
+        inputs.check(config)?;
+        for warning in &inputs.warnings {
+            tell(world, warning);
+        }
+        for (name, set) in inputs.sets() {
+            let stats = &set.stats;
+            tracing::info!("{name}: {} samples, {} tokens, {} scored", stats.samples, stats.tokens, stats.scored);
+        }
+        Ok(inputs)
+    }
+
+    /// Loads this rank's shards. All ranks call it.
+    pub fn load(&self, config: &Config, world: &World, console: &Console) -> Result<Loaded, RunError> {
+        let table = Table::new(&self.arch, world.mesh.tp, world.mesh.tp_rank(), config.parallel.sequence_parallel)?;
+        let (owners, owner) = if config.parallel.zero { (world.mesh.dp, world.mesh.dp_rank()) } else { (1, 0) };
+        let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
+        let layout = Layout::new(&table, bucket.max(1), owners, owner);
+        let kind = match config.train.precision {
+            Precision::Bf16 => Kind::BFloat16,
+            Precision::F32 => Kind::Float,
+        };
+        let pieces: usize = table.params.iter().map(|param| param.pieces.len()).sum();
+        let mut bar = console.progress("model", pieces as u64, "slices");
+        let (seed, std) = (config.run.seed, self.arch.initializer_range);
+        let parameters = Parameters::new(&table, layout, kind, Device::Cpu, |id, piece| {
+            bar.advance(1, "");
+            match &self.weights {
+                Some(folder) => folder.slice(piece),
+                None => Ok(init::initial(&table.params[id], piece, seed, std)),
+            }
+        })?;
+        drop(bar);
+        let identity = self.identity(config, world)?;
+        let decoder = Decoder {
+            arch: self.arch.clone(),
+            table,
+            tp: Rc::clone(&world.tp),
+            sequence_parallel: config.parallel.sequence_parallel,
+            device: Device::Cpu,
+            clock: Clock::default(),
+        };
+        tracing::info!(
+            "model: {} with {:.1} M parameters, digest {}",
+            self.arch.family,
+            self.arch.num_parameters() as f64 / 1e6,
+            &identity[..16]
+        );
+        Ok(Loaded { decoder, parameters, identity })
+    }
+
+    /// All sets that are evaluated, by name.
+    pub fn sets(&self) -> Vec<(&'static str, &Dataset)> {
+        let named = [
+            (self.anchors_name, Some(&self.anchors)),
+            ("forget", self.watched.as_ref()),
+            ("retain", self.retain.as_ref()),
+        ];
+        named.into_iter().filter_map(|(name, set)| Some((name, set?))).collect()
+    }
+
+    /// Kind of the weights that were read.
+    pub fn stored_kind(&self) -> Kind {
+        self.weights.as_ref().map_or(Kind::Float, Folder::kind)
+    }
+
+    /// Digest of the weight files, or of what random weights are made from. All ranks call it.
+    fn identity(&self, config: &Config, world: &World) -> Result<String, RunError> {
+        let mut lines = match &self.weights {
+            None => vec![format!("random {} {:?}", config.run.seed, self.arch)],
+            Some(folder) => {
+                let mine = folder.digests(world.mesh.rank, world.mesh.world())?.join("\n");
+                let all = world.world.gather_bytes(mine.as_bytes());
+                let all = all.iter().map(|text| String::from_utf8_lossy(text).into_owned());
+                all.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect()
+            }
+        };
+        lines.sort();
+        Ok(blake3::hash(lines.join("\n").as_bytes()).to_hex().to_string())
+    }
+
+    fn check(&mut self, config: &Config) -> Result<(), RunError> {
+        for (_, set) in self.sets() {
+            for (sample, &line) in set.samples.iter().zip(&set.lines) {
+                if let Some(id) = sample.tokens.iter().find(|&&id| i64::from(id) >= self.arch.vocab) {
+                    return Err(RunError::Refused(format!(
+                        "{}:{line}: the tokenizer gives token {id}, the model's vocabulary has {} rows; tokenizer and model in {} do not belong together",
+                        set.path.display(),
+                        self.arch.vocab,
+                        config.model.path.display()
+                    )));
+                }
+            }
+        }
+        let warnings: Vec<String> = self.sets().iter().flat_map(|(_, set)| set.warnings()).collect();
+        self.warnings.extend(warnings);
+        let longest = self.sets().iter().map(|(_, set)| set.stats.longest as i64).max().unwrap_or(0);
+        let positions = self.arch.max_positions;
+        if longest > positions {
+            let text = format!("the longest sample has {longest} tokens, the model was made for {positions}");
+            if self.arch.positions_are_hard() {
+                let advice = format!("{text} with these rotary factors; set data.max_length = {positions}");
+                return Err(RunError::Refused(advice));
+            }
+            self.warnings.push(text);
+        }
+        if let Some(retain) = self.retain.as_ref().filter(|_| config.method.objective != Objective::Finetune) {
+            let both = overlap(&self.anchors, retain);
+            if both.len() == self.anchors.samples.len() {
+                return Err(RunError::Refused(format!(
+                    "every sample of {} is in {} too: nothing would be forgotten; are the two paths the wrong way round?",
+                    self.anchors.path.display(),
+                    retain.path.display()
+                )));
+            }
+            if let Some((forget, kept)) = both.first() {
+                self.warnings.push(format!(
+                    "{} of {} forget samples are retain samples too (first: {}:{} and {}:{}); they are pulled both ways",
+                    both.len(),
+                    self.anchors.samples.len(),
+                    self.anchors.path.display(),
+                    self.anchors.lines[*forget],
+                    retain.path.display(),
+                    retain.lines[*kept]
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn tell(world: &World, warning: &str) {
+    if world.is_first() {
+        tracing::warn!("{warning}");
+    }
+}

@@ -1,0 +1,299 @@
+//! One run, from a checked configuration to an exported model: [`run`] reads top to bottom.
+
+mod error;
+mod files;
+mod inputs;
+mod reference;
+mod summary;
+
+pub use error::RunError;
+pub use inputs::{Inputs, Loaded};
+pub use summary::{Evaluations, Summary};
+
+use std::time::Instant;
+
+use serde_json::json;
+use tch::Kind;
+
+use crate::checkpoint::{ExportOptions, export};
+use crate::config::{self, Config};
+use crate::data::{Dataset, Order, RowsOf};
+use crate::dist::World;
+use crate::eval::{self, ForwardOptions, LikelihoodScores};
+use crate::model::Keep;
+use crate::model::sharding::Table;
+use crate::telemetry::{Console, LogFile, table};
+use crate::train::{Batches, GradientBuffers, Optimizer, Reference, Schedule, Trainer, TrainerOptions};
+use crate::unlearn;
+use files::RunFolder;
+use reference::{Identity, ReferenceCache, ReferenceOptions};
+
+/// What a run is given besides its configuration.
+pub struct Context {
+    pub world: World,
+    pub console: Console,
+    pub log: LogFile,
+    /// Start of the process, for the time to the first step.
+    pub started: Instant,
+    /// Replace a finished run in the same folder.
+    pub overwrite: bool,
+    /// MPI library, where there is one.
+    pub mpi_version: Option<String>,
+}
+
+/// Runs to the end. All ranks call it; the summary is the same on all.
+pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
+    let Context { world, console, .. } = &context;
+    let folder = RunFolder::create(config, &context)?;
+    let mut metrics = folder.metrics(config, &context)?;
+    let inputs = Inputs::read(config, world)?;
+    let Loaded { decoder, parameters, identity } = inputs.load(config, world, console)?;
+    let (memory, steps) = (MemoryLine::of(&parameters), total_steps(config, &inputs));
+
+    let batches = batches(config, &inputs);
+    let forward = ForwardOptions {
+        budget: config.train.micro_batch_tokens,
+        multiple: batches.multiple,
+        logits_bytes: config.train.logits_mib * 1048576.0,
+    };
+    let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, decoder.device);
+    let optimizer = Optimizer::new(&config.optimizer, &parameters);
+    memory.print(&gradients, &optimizer);
+    let per_epoch = batches.order.steps_per_epoch();
+    let mut trainer = Trainer {
+        schedule: Schedule::new(&config.schedule, config.optimizer.lr, steps, per_epoch),
+        method: unlearn::method(&config.method),
+        options: TrainerOptions {
+            keep: match config.train.recompute {
+                config::Recompute::None => Keep::Everything,
+                config::Recompute::HalfBlock => Keep::Inputs,
+            },
+            logits_bytes: forward.logits_bytes,
+            max_grad_norm: config.optimizer.max_grad_norm,
+        },
+        decoder,
+        parameters,
+        gradients,
+        optimizer,
+    };
+    let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
+    let mut evaluations = Evaluations::default();
+    if config.eval.before {
+        evaluations.before = evaluate(config, &inputs, &trainer, forward, world, console);
+    }
+
+    let training = Instant::now();
+    let mut seconds_to_first_step = 0.0;
+    let mut tokens = 0;
+    let mut progress = console.progress("training", steps as u64, "steps");
+    for step in 0..steps {
+        let traffic = comm_seconds(world);
+        let work = batches.step(step, world.mesh);
+        let known = reference.as_ref().map(|cache| cache as &dyn Reference);
+        let report = trainer.step(step, &work, known, world)?;
+        if step == 0 {
+            seconds_to_first_step = context.started.elapsed().as_secs_f64();
+        }
+        tokens += work.tokens;
+        let losses = report.losses;
+        metrics.write(&json!({
+            "step": step + 1,
+            "epoch": (step + 1) as f64 / per_epoch as f64,
+            "loss": losses.total,
+            "forget_loss": losses.forget,
+            "retain_loss": losses.retain,
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            "forget_tokens": work.scored.0,
+            "retain_tokens": work.scored.1,
+            "tokens_per_s": work.tokens as f64 / report.seconds,
+            "step_s": report.seconds,
+            "comm_s": comm_seconds(world) - traffic,
+            "rss_bytes": files::resident_bytes(),
+        }))?;
+        tracing::debug!(step = step + 1, loss = losses.total, grad_norm = report.grad_norm, seconds = report.seconds);
+        progress.advance(1, &format!("loss {:.4}  grad {:.2e}", losses.total, report.grad_norm));
+        if config.eval.every > 0 && (step + 1) % config.eval.every == 0 && step + 1 < steps {
+            let scores = evaluate(config, &inputs, &trainer, forward, world, console);
+            metrics.write(&json!({ "step": step + 1, "eval": scores }))?;
+            evaluations.during.push((step + 1, scores));
+        }
+    }
+    drop(progress);
+    let training_seconds = training.elapsed().as_secs_f64();
+
+    if config.eval.after {
+        evaluations.after = evaluate(config, &inputs, &trainer, forward, world, console);
+    }
+    if config.export.model {
+        export_model(config, &inputs, &trainer, world, console, &folder)?;
+    }
+    let summary = Summary::new(
+        config,
+        &inputs,
+        &context,
+        &identity,
+        evaluations,
+        summary::Timing { steps, tokens, training_seconds, seconds_to_first_step },
+    );
+    folder.write_summary(&summary, world)?;
+    summary.print(&folder.path);
+    Ok(summary)
+}
+
+fn total_steps(config: &Config, inputs: &Inputs) -> usize {
+    let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
+    config.train.steps.unwrap_or_else(|| config.train.epochs.unwrap_or(0) * per_epoch)
+}
+
+/// The order of the samples and how they are cut.
+fn batches<'a>(config: &Config, inputs: &'a Inputs) -> Batches<'a> {
+    let divergence = config.method.retain == config::Retain::Kl;
+    let partners = match config.method.retain {
+        config::Retain::None => None,
+        _ => inputs.retain.as_ref(),
+    };
+    let (anchors, partner_count) = (inputs.anchors.samples.len(), partners.map_or(0, |set| set.samples.len()));
+    let (seed, shuffle) = (config.run.seed, config.data.shuffle);
+    Batches {
+        order: Order::new(seed, shuffle, anchors, partner_count, config.train.global_batch),
+        anchors: &inputs.anchors,
+        retain: partners,
+        retain_rows: if divergence { RowsOf::Every } else { RowsOf::Scored },
+        count_padding: config.method.compat == Some(config::Compat::OpenUnlearning),
+        budget: config.train.micro_batch_tokens,
+        multiple: if config.parallel.sequence_parallel { config.parallel.tp } else { 1 },
+    }
+}
+
+/// What the method needs to know of the model before training.
+#[expect(clippy::too_many_arguments, reason = "the parts of one run")]
+fn reference(
+    config: &Config,
+    inputs: &Inputs,
+    trainer: &Trainer,
+    batches: &Batches,
+    steps: usize,
+    model: &str,
+    forward: ForwardOptions,
+    folder: &RunFolder,
+    context: &Context,
+) -> Result<Option<ReferenceCache>, RunError> {
+    let divergence = matches!(trainer.method.retain, crate::train::Retain::Divergence);
+    if !trainer.method.forget.needs_reference() && !divergence {
+        return Ok(None);
+    }
+    let (weights, world) = (&trainer.parameters.weights, &context.world);
+    let cache_folder = folder.cache(world)?;
+    let options = ReferenceOptions { folder: &cache_folder, forward, world, console: &context.console };
+    let precision = match config.train.precision {
+        config::Precision::Bf16 => "bf16",
+        config::Precision::F32 => "f32",
+    };
+    let mut cache = ReferenceCache::default();
+    if trainer.method.forget.needs_reference() {
+        let identity = Identity { model, data: &inputs.anchors.digest, precision };
+        cache.load_logprobs(&trainer.decoder, weights, &inputs.anchors, &identity, &options)?;
+    }
+    if let (true, Some(retain)) = (divergence, &inputs.retain) {
+        let samples = batches.visited_retain(steps, world.mesh);
+        let identity = Identity { model, data: &retain.digest, precision };
+        cache.load_divergence(&trainer.decoder, weights, retain, &samples, &identity, &options)?;
+    }
+    Ok(Some(cache))
+}
+
+/// Scores of every set that is given, by its name. All ranks call it.
+fn evaluate(
+    config: &Config,
+    inputs: &Inputs,
+    trainer: &Trainer,
+    forward: ForwardOptions,
+    world: &World,
+    console: &Console,
+) -> Vec<(String, LikelihoodScores)> {
+    let sets = inputs.sets();
+    let chosen = |set: &Dataset| match config.eval.max_samples {
+        0 => set.samples.len(),
+        most => set.samples.len().min(most),
+    };
+    let total: usize = sets.iter().map(|(_, set)| chosen(set).div_ceil(world.mesh.dp)).sum();
+    let mut bar = console.progress("evaluation", total as u64, "samples");
+    let weights = &trainer.parameters.weights;
+    sets.into_iter()
+        .map(|(name, set)| {
+            let samples: Vec<usize> = (0..chosen(set)).collect();
+            let advance = |n: usize| bar.advance(n as u64, name);
+            let scores = eval::per_sample(&trainer.decoder, weights, set, &samples, forward, world, advance);
+            (name.to_owned(), eval::summarise(&scores))
+        })
+        .collect()
+}
+
+fn export_model(
+    config: &Config,
+    inputs: &Inputs,
+    trainer: &Trainer,
+    world: &World,
+    console: &Console,
+    folder: &RunFolder,
+) -> Result<(), RunError> {
+    let kind = match config.export.dtype {
+        config::ExportDtype::Same => inputs.stored_kind(),
+        config::ExportDtype::Bf16 => Kind::BFloat16,
+        config::ExportDtype::F16 => Kind::Half,
+        config::ExportDtype::F32 => Kind::Float,
+    };
+    let (tp, spread) = (world.mesh.tp, trainer.decoder.sequence_parallel);
+    let tables: Result<Vec<Table>, _> = (0..tp).map(|rank| Table::new(&inputs.arch, tp, rank, spread)).collect();
+    let options = ExportOptions {
+        source: &config.model.path,
+        target: &folder.model(),
+        kind,
+        max_shard_bytes: config.export.max_shard_mib * 1048576,
+    };
+    let tensors = trainer.decoder.table.tensors().len() as u64;
+    let mut bar = console.progress("export", tensors, "tensors");
+    let parameters = &trainer.parameters;
+    let mut open = None;
+    let parameter = |id: usize| {
+        let (bucket, start) = parameters.layout.places[id];
+        if open.as_ref().is_none_or(|(index, _)| *index != bucket) {
+            open = None;
+            open = Some((bucket, parameters.gather_masters(bucket, &world.dp)));
+        }
+        let (_, flat) = open.as_ref().expect("invariant: just set");
+        let param = &trainer.decoder.table.params[id];
+        flat.narrow(0, start as i64, param.num_elements()).view(param.shape.as_slice())
+    };
+    export(&options, &tables?, world, parameter, || bar.advance(1, ""))?;
+    Ok(())
+}
+
+fn comm_seconds(world: &World) -> f64 {
+    [&world.world, &world.tp, &world.dp].iter().map(|group| group.traffic().time.as_secs_f64()).sum()
+}
+
+/// Bytes of one rank by purpose, told before the first step.
+struct MemoryLine {
+    weights: usize,
+    masters: usize,
+}
+
+impl MemoryLine {
+    fn of(parameters: &crate::train::Parameters) -> Self {
+        let (weights, masters) = parameters.bytes();
+        Self { weights, masters }
+    }
+
+    fn print(&self, gradients: &GradientBuffers, optimizer: &Optimizer) {
+        let mib = |bytes: usize| format!("{:.1}", bytes as f64 / 1048576.0);
+        let rows = [
+            vec!["weights".to_owned(), mib(self.weights)],
+            vec!["master weights".to_owned(), mib(self.masters)],
+            vec!["gradients".to_owned(), mib(gradients.bytes())],
+            vec!["optimizer".to_owned(), mib(optimizer.bytes())],
+        ];
+        tracing::debug!("memory of this rank, without activations:\n{}", table(&["part", "MiB"], &rows));
+    }
+}

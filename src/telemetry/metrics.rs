@@ -1,0 +1,27 @@
+//! `metrics.jsonl`: one JSON object a line, written through at once.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde::Serialize;
+
+/// An open metrics file; ranks other than the first have none and write nothing.
+pub struct Metrics(Option<File>);
+
+impl Metrics {
+    pub fn create(path: &Path) -> io::Result<Self> {
+        File::create(path).map(|file| Self(Some(file)))
+    }
+
+    pub fn nowhere() -> Self {
+        Self(None)
+    }
+
+    pub fn write(&mut self, line: &impl Serialize) -> io::Result<()> {
+        let Some(file) = &mut self.0 else { return Ok(()) };
+        let mut text = serde_json::to_string(line).map_err(io::Error::other)?;
+        text.push('\n');
+        file.write_all(text.as_bytes())
+    }
+}
