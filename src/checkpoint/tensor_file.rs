@@ -122,6 +122,10 @@ impl Reader {
         let kind =
             kind(info.dtype).ok_or_else(|| refuse(format!("has the type {:?}, which is not used here", info.dtype)))?;
         let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
+        let start = self.data + info.data_offsets.0;
+        if !start.is_multiple_of(kind.elt_size_in_bytes()) {
+            return Err(refuse(format!("starts at byte {start}, which is not a multiple of its element")));
+        }
         Ok(map_tensor(&self.map, self.data + info.data_offsets.0, &shape, kind))
     }
 }
@@ -157,10 +161,10 @@ mod tests {
         let a = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([2, 3]);
         let b = Tensor::arange(5, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
         let spec = |name: &str, t: &Tensor| Spec { name: name.into(), kind: t.kind(), shape: t.size() };
-        let mut writer = Writer::create(&path, &[spec("b", &b), spec("a", &a)], &[("format", "pt")]).unwrap();
-        writer.append(&b).unwrap();
+        let mut writer = Writer::create(&path, &[spec("a", &a), spec("b", &b)], &[("format", "pt")]).unwrap();
         writer.append(&a.narrow(0, 0, 1)).unwrap();
         writer.append(&a.narrow(0, 1, 1)).unwrap();
+        writer.append(&b).unwrap();
         assert!(!path.exists());
         writer.finish().unwrap();
 
