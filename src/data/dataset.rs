@@ -115,6 +115,20 @@ impl Dataset {
         Ok(dataset)
     }
 
+    /// A data set made in memory.
+    pub fn from_samples(name: &str, samples: Vec<Sample>) -> Self {
+        let stats = Stats {
+            records: samples.len(),
+            samples: samples.len(),
+            tokens: samples.iter().map(|sample| sample.tokens.len()).sum(),
+            scored: samples.iter().map(|sample| sample.scored.len()).sum(),
+            longest: samples.iter().map(|sample| sample.tokens.len()).max().unwrap_or(0),
+            ..Stats::default()
+        };
+        let (digest, lines, max_length) = (digest(&samples), (1..=samples.len()).collect(), stats.longest);
+        Self { name: name.to_owned(), path: PathBuf::new(), samples, lines, digest, stats, max_length }
+    }
+
     /// What a user should know before training on this, in plain words; empty if all is well.
     pub fn warnings(&self) -> Vec<String> {
         let Stats { records, samples, tokens_lost, windows, .. } = self.stats;

@@ -12,7 +12,7 @@ mod world;
 
 pub use group::{Group, Pending, Reduce, Traffic};
 pub use mesh::{Mesh, MeshError, part};
-pub use threads::run_threads;
+pub use threads::{Fault, run_threads, run_threads_with};
 pub use watchdog::Watchdog;
 pub use world::World;
 #[cfg(feature = "mpi")]

@@ -17,10 +17,25 @@ use crate::abi::slices;
 /// How long a thread waits for the others before the test fails.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// A mistake of parallel programs, put in on purpose: tests that compare layouts must notice it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    None,
+    /// Sums over this axis give each rank its own numbers back.
+    NoSum(&'static str),
+    /// Sums over this axis are divided by the number of ranks.
+    Mean(&'static str),
+}
+
 /// Runs `body` on `tp * dp` threads, each with its own [`World`], and gives the results in rank order.
 ///
 /// A panic on one rank wakes the others, ends the run and is raised here with the rank's number.
 pub fn run_threads<T: Send>(tp: usize, dp: usize, body: impl Fn(World) -> T + Sync) -> Vec<T> {
+    run_threads_with(Fault::None, tp, dp, body)
+}
+
+/// As [`run_threads`] with a fault in the collectives.
+pub fn run_threads_with<T: Send>(fault: Fault, tp: usize, dp: usize, body: impl Fn(World) -> T + Sync) -> Vec<T> {
     let world = tp * dp;
     let meet = |size| Arc::new(Meeting::new(size));
     let all = meet(world);
@@ -36,7 +51,11 @@ pub fn run_threads<T: Send>(tp: usize, dp: usize, body: impl Fn(World) -> T + Sy
                     tch::set_num_threads(1);
                     let dog = Watchdog::new(Duration::MAX);
                     let group = |axis, rank, size, meeting: &Arc<Meeting>| {
-                        Group::new(axis, rank, size, Box::new(Threads::new(meeting, rank)), &dog)
+                        let fault = match fault {
+                            Fault::NoSum(on) | Fault::Mean(on) if on != axis => Fault::None,
+                            fault => fault,
+                        };
+                        Group::new(axis, rank, size, Box::new(Threads::new(meeting, rank, fault)), &dog)
                     };
                     let world = World {
                         mesh,
@@ -132,12 +151,13 @@ impl Meeting {
 struct Threads {
     meeting: Arc<Meeting>,
     rank: usize,
+    fault: Fault,
     round: std::cell::Cell<u64>,
 }
 
 impl Threads {
-    fn new(meeting: &Arc<Meeting>, rank: usize) -> Self {
-        Self { meeting: Arc::clone(meeting), rank, round: std::cell::Cell::new(0) }
+    fn new(meeting: &Arc<Meeting>, rank: usize, fault: Fault) -> Self {
+        Self { meeting: Arc::clone(meeting), rank, fault, round: std::cell::Cell::new(0) }
     }
 
     fn bring(&self, tensor: &Tensor) -> u64 {
@@ -156,13 +176,14 @@ impl Transport for Threads {
     fn all_reduce(&self, tensor: &mut Tensor, op: Reduce) {
         let all = self.exchange(tensor);
         let range = 0..slices::bytes(tensor).len();
-        let result = combine(&all, range, tensor, op);
+        let result = combine(&all, range, tensor, op, (self.fault, self.rank));
         tensor.copy_(&result);
     }
 
     fn reduce_scatter(&self, input: Tensor, output: Tensor) -> Box<dyn Ticket> {
         let round = self.bring(&input);
-        Box::new(Brought { meeting: Arc::clone(&self.meeting), round, rank: self.rank, output })
+        let fault = (self.fault, self.rank);
+        Box::new(Brought { meeting: Arc::clone(&self.meeting), round, fault, output })
     }
 
     fn all_gather(&self, input: &Tensor, output: &mut Tensor) {
@@ -185,7 +206,7 @@ impl Transport for Threads {
 struct Brought {
     meeting: Arc<Meeting>,
     round: u64,
-    rank: usize,
+    fault: (Fault, usize),
     output: Tensor,
 }
 
@@ -193,17 +214,27 @@ impl Ticket for Brought {
     fn wait(self: Box<Self>) -> Tensor {
         let all = self.meeting.take(self.round);
         let size = slices::bytes(&self.output).len();
-        combine(&all, self.rank * size..(self.rank + 1) * size, &self.output, Reduce::Sum)
+        let rank = self.fault.1;
+        combine(&all, rank * size..(rank + 1) * size, &self.output, Reduce::Sum, self.fault)
     }
 }
 
 /// The reduction over the ranks, in rank order, of the bytes in `range`, seen as elements of `like`.
-fn combine(all: &[Arc<Vec<u8>>], range: std::ops::Range<usize>, like: &Tensor, op: Reduce) -> Tensor {
+fn combine(
+    all: &[Arc<Vec<u8>>],
+    range: std::ops::Range<usize>,
+    like: &Tensor,
+    op: Reduce,
+    (fault, rank): (Fault, usize),
+) -> Tensor {
     let read = |bytes: &[u8]| {
         let mut tensor = like.empty_like();
         slices::bytes_mut(&mut tensor).copy_from_slice(&bytes[range.clone()]);
         tensor
     };
+    if let Fault::NoSum(_) = fault {
+        return read(&all[rank]);
+    }
     let mut result = read(&all[0]);
     for bytes in &all[1..] {
         let other = read(bytes);
@@ -212,7 +243,10 @@ fn combine(all: &[Arc<Vec<u8>>], range: std::ops::Range<usize>, like: &Tensor, o
             Reduce::Max => result.maximum(&other),
         };
     }
-    result
+    match (fault, op) {
+        (Fault::Mean(_), Reduce::Sum) => result / all.len() as f64,
+        _ => result,
+    }
 }
 
 #[cfg(test)]

@@ -181,10 +181,8 @@ impl Decoder {
     /// One gather of four numbers a row; every rank combines them in rank order and gets the same bits.
     fn combine(&self, statistics: &Tensor) -> Tensor {
         let rows = statistics.size()[0];
-        let mut statistics = statistics.shallow_clone();
-        if self.tp.size() > 1 {
-            statistics = statistics + Tensor::from_slice(&[0.0f32, 0.0, 0.0, self.table.vocab.start as f32]);
-        }
+        // the index of the maximum counts from the start of the whole vocabulary
+        let statistics = statistics + Tensor::from_slice(&[0.0f32, 0.0, 0.0, self.table.vocab.start as f32]);
         let all = self.tp.all_gather(&statistics).view([self.tp.size() as i64, rows, softmax::STATISTICS]);
         let (maxima, sums) = (all.select(2, 0), all.select(2, 1));
         let maximum = maxima.amax([0i64].as_slice(), true);

@@ -21,6 +21,7 @@ pub use architecture::Architecture;
 pub use batch::Batch;
 pub use decoder::{Decoder, Keep, Tape};
 pub use head::{Divergence, ReferenceHead, Rows, Scores};
+pub use rope::{Rope, Scaling};
 pub use weights::{Gradients, Weights};
 
 use std::path::PathBuf;

@@ -3,7 +3,7 @@
 //! NPO needs one number per scored forget token. A KL term needs distributions: the rows after the final norm are kept and
 //! multiplied with a copy of the head, so no second model is ever in memory.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use tch::{Kind, Tensor};
 
@@ -210,7 +210,7 @@ fn in_order(items: &[Item], budget: usize) -> Vec<Vec<Item>> {
     groups
 }
 
-fn is_fresh(path: &PathBuf, digest: &str) -> bool {
+fn is_fresh(path: &Path, digest: &str) -> bool {
     match Reader::open(path) {
         Ok(reader) if reader.metadata("identity") == Some(digest) => true,
         Ok(_) => {

@@ -68,12 +68,18 @@ impl GradientBuffers {
         self.last = true;
     }
 
-    /// Sums what is not yet under way and waits for all of it. All ranks call it once a step.
-    pub fn finish(&mut self) -> Reduced {
+    /// Starts the sums that are not yet under way. All ranks call it once a step, after their last micro-batch and before any
+    /// other collective: ranks without work come here at once.
+    pub fn start_all(&mut self) {
         self.last = true;
         while self.started.len() < self.layout.buckets.len() {
             self.start_next();
         }
+    }
+
+    /// Waits for all sums. All ranks call it once a step.
+    pub fn finish(&mut self) -> Reduced {
+        self.start_all();
         let own: Vec<Tensor> = std::mem::take(&mut self.started).into_iter().map(Pending::wait).collect();
         let norm = self.norm(&own);
         Reduced { own, norm }

@@ -135,6 +135,7 @@ impl Trainer {
             sums[0] += parts[0];
             sums[1] += parts[1];
         }
+        self.gradients.start_all();
         world.dp.all_reduce_f64(&mut sums, Reduce::Sum);
         let Method { forget_weight, retain_weight, .. } = self.method;
         let total = forget_weight * sums[0] + retain_weight * sums[1];

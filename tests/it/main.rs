@@ -4,4 +4,5 @@
 
 mod golden_logits;
 mod golden_step;
+mod layouts;
 mod tiny;

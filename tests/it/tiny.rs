@@ -50,10 +50,21 @@ impl Default for Spread {
 
 /// A decoder and its test weights on one rank.
 pub fn model(arch: &Architecture, world: &World, spread: Spread, kind: Kind, seed: u64) -> (Decoder, Parameters) {
+    model_from(arch, world, spread, kind, |piece| weights(piece, seed))
+}
+
+/// As [`model`] with weights from anywhere.
+pub fn model_from(
+    arch: &Architecture,
+    world: &World,
+    spread: Spread,
+    kind: Kind,
+    source: impl Fn(&Piece) -> Tensor,
+) -> (Decoder, Parameters) {
     let table = Table::new(arch, world.mesh.tp, world.mesh.tp_rank(), spread.sequence_parallel).unwrap();
     let (owners, owner) = if spread.zero { (world.mesh.dp, world.mesh.dp_rank()) } else { (1, 0) };
     let layout = Layout::new(&table, spread.bucket_elements, owners, owner);
-    let source = |_, piece: &Piece| Ok::<_, std::convert::Infallible>(weights(piece, seed));
+    let source = |_, piece: &Piece| Ok::<_, std::convert::Infallible>(source(piece));
     let parameters = Parameters::new(&table, layout, kind, Device::Cpu, source).unwrap();
     let decoder = Decoder {
         arch: arch.clone(),

@@ -59,10 +59,8 @@ pub(super) fn read(config: &ConfigJson, silent: &Silent) -> Result<Architecture,
 }
 
 fn refuse_what_is_not_built(config: &ConfigJson) -> Result<(), ModelError> {
-    if let Some(activation) = config.text("hidden_act") {
-        if activation != "silu" {
-            return Err(config.unsupported("hidden_act", "this version has the gated MLP with silu only"));
-        }
+    if config.text("hidden_act").is_some_and(|activation| activation != "silu") {
+        return Err(config.unsupported("hidden_act", "this version has the gated MLP with silu only"));
     }
     for key in ["mlp_bias", "lm_head_bias"] {
         if config.flag(key)? {

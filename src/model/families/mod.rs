@@ -38,10 +38,9 @@ pub fn read(folder: &Path) -> Result<Architecture, ModelError> {
         .iter()
         .find(|family| family.model_type == name)
         .ok_or_else(|| config.refuse(format!("model_type = \"{name}\" is not supported; supported are {}", known())))?;
-    if let Some(classes) = config.words("architectures")? {
-        if !classes.iter().any(|class| class == family.class) {
-            return Err(config.unsupported("architectures", &format!("expected [\"{}\"]", family.class)));
-        }
+    let classes = config.words("architectures")?.unwrap_or_default();
+    if !classes.is_empty() && !classes.iter().any(|class| class == family.class) {
+        return Err(config.unsupported("architectures", &format!("expected [\"{}\"]", family.class)));
     }
     (family.read)(&config)
 }
