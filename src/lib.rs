@@ -2,6 +2,7 @@
 //! invariants.
 
 pub mod abi;
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -32,6 +32,11 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: ConfigVerb,
     },
+    /// Measure speed on this machine
+    Bench {
+        #[command(subcommand)]
+        verb: BenchVerb,
+    },
     /// Make data
     Data {
         #[command(subcommand)]
@@ -84,6 +89,62 @@ pub(super) enum ConfigVerb {
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum BenchVerb {
+    /// Time whole unlearning steps of a random model: tokens/s, share of the machine's matrix-product rate, where time goes
+    Step(StepBenchOptions),
+}
+
+/// A Llama of any shape; run it under mpirun to time a layout.
+#[derive(Debug, Args)]
+pub(super) struct StepBenchOptions {
+    #[arg(long, default_value_t = 1024)]
+    pub(super) hidden: i64,
+    #[arg(long, default_value_t = 4)]
+    pub(super) layers: usize,
+    #[arg(long, default_value_t = 16)]
+    pub(super) heads: i64,
+    #[arg(long, default_value_t = 16)]
+    pub(super) kv_heads: i64,
+    /// Width of the MLP
+    #[arg(long, default_value_t = 2816)]
+    pub(super) intermediate: i64,
+    #[arg(long, default_value_t = 8192)]
+    pub(super) vocab: i64,
+    /// Forget samples of a step, with as many retain samples
+    #[arg(long, default_value_t = 8)]
+    pub(super) samples: usize,
+    /// Mean length of a sample, in tokens
+    #[arg(long, default_value_t = 128)]
+    pub(super) length: usize,
+    /// Share of a sample that is scored
+    #[arg(long, default_value_t = 0.6)]
+    pub(super) scored: f64,
+    #[arg(long, default_value_t = 8192)]
+    pub(super) micro_batch_tokens: usize,
+    #[arg(long, default_value_t = 8)]
+    pub(super) steps: usize,
+    /// Compute in f32 instead of bf16
+    #[arg(long)]
+    pub(super) f32: bool,
+    /// Recompute half blocks in backward
+    #[arg(long)]
+    pub(super) recompute: bool,
+    #[arg(long, default_value_t = 1)]
+    pub(super) tp: usize,
+    #[arg(long)]
+    pub(super) sequence_parallel: bool,
+    /// Keep whole optimizer states on every data-parallel rank
+    #[arg(long)]
+    pub(super) no_zero: bool,
+    /// Threads of one rank; 0 means cores / ranks on the host
+    #[arg(long, default_value_t = 0)]
+    pub(super) threads: usize,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 #[derive(Debug, Subcommand)]

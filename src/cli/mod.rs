@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod arguments;
+mod bench;
 mod ending;
 mod launch;
 mod run;
@@ -12,7 +13,7 @@ mod run;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use arguments::{Arguments, ConfigVerb, DataVerb, Verb};
+use arguments::{Arguments, BenchVerb, ConfigVerb, DataVerb, Verb};
 use clap::Parser;
 
 use crate::config;
@@ -43,6 +44,7 @@ pub fn main() -> ExitCode {
             Ok(())
         }
         Some(Verb::Config { verb: ConfigVerb::Show { file, set } }) => show(&file, &set),
+        Some(Verb::Bench { verb: BenchVerb::Step(options) }) => bench::step(&options, &launched),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
     };
     match result {

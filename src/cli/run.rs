@@ -8,7 +8,7 @@ use super::arguments::{LogChoice, ProgressChoice, RunOptions};
 use super::ending;
 use super::launch::Launched;
 use crate::abi::host;
-use crate::config::{self, Config, Device, Dp};
+use crate::config::{self, Device, Dp};
 use crate::dist::{Mesh, Watchdog, World};
 use crate::run::{self, Context};
 use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
@@ -22,16 +22,12 @@ pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -
     if config.run.device == Device::Cuda {
         bail!("run.device: \"cuda\" is not built in this version; write \"cpu\" or \"auto\"");
     }
-    let watchdog = Watchdog::new(Duration::from_secs(config.run.timeout));
-    let rank = launched.rank;
-    watchdog.start(move |message| ending::on_timeout(rank, message));
-    let world = ranks.world(&config, &watchdog)?;
-    let threads = match config.run.threads {
-        0 => (num_cores() / world.local_size).max(1),
-        n => n,
+    let dp = match config.parallel.dp {
+        Dp::Auto => None,
+        Dp::Ranks(n) => Some(n),
     };
-    tch::set_num_threads(i32::try_from(threads)?);
-
+    let world = ranks.world(config.parallel.tp, dp, Duration::from_secs(config.run.timeout), launched)?;
+    set_threads(config.run.threads, &world)?;
     let console = Console::new(progress_mode(options.progress, launched.rank));
     let format = match options.log_format {
         LogChoice::Text => LogFormat::Text,
@@ -44,14 +40,14 @@ pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -
 }
 
 /// The ranks of the job, for as long as it runs.
-enum Ranks {
+pub(super) enum Ranks {
     Solo,
     #[cfg(feature = "mpi")]
     Mpi(crate::abi::mpi::Environment),
 }
 
 impl Ranks {
-    fn start(launched: &Launched) -> anyhow::Result<Self> {
+    pub(super) fn start(launched: &Launched) -> anyhow::Result<Self> {
         if !launched.by_mpi && launched.world > 1 {
             bail!(
                 "srun started {} tasks that know nothing of each other; use `srun --mpi=pmix` or mpirun inside the job",
@@ -71,19 +67,25 @@ impl Ranks {
         }
     }
 
-    fn world(&self, config: &Config, watchdog: &Watchdog) -> anyhow::Result<World> {
-        let dp = match config.parallel.dp {
-            Dp::Auto => None,
-            Dp::Ranks(n) => Some(n),
-        };
+    /// The groups of the job, watched by a thread that ends the process when a collective outlasts `timeout`.
+    pub(super) fn world(
+        &self,
+        tp: usize,
+        dp: Option<usize>,
+        timeout: Duration,
+        launched: &Launched,
+    ) -> anyhow::Result<World> {
         match self {
             Self::Solo => {
-                Mesh::new(0, 1, config.parallel.tp, dp)?;
+                Mesh::new(0, 1, tp, dp)?;
                 Ok(World::solo())
             }
             #[cfg(feature = "mpi")]
             Self::Mpi(environment) => {
-                Ok(crate::dist::mpi_world(environment, config.parallel.tp, dp, watchdog.clone())?)
+                let watchdog = Watchdog::new(timeout);
+                let rank = launched.rank;
+                watchdog.start(move |message| ending::on_timeout(rank, message));
+                Ok(crate::dist::mpi_world(environment, tp, dp, watchdog)?)
             }
         }
     }
@@ -105,6 +107,13 @@ fn progress_mode(choice: ProgressChoice, rank: usize) -> ProgressMode {
         ProgressChoice::Auto | ProgressChoice::Plain => ProgressMode::Plain,
         ProgressChoice::None => ProgressMode::Silent,
     }
+}
+
+/// Threads of this rank; 0: an even share of the host's cores.
+pub(super) fn set_threads(threads: usize, world: &World) -> anyhow::Result<()> {
+    let threads = if threads == 0 { (num_cores() / world.local_size).max(1) } else { threads };
+    tch::set_num_threads(i32::try_from(threads)?);
+    Ok(())
 }
 
 fn num_cores() -> usize {

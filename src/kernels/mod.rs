@@ -3,6 +3,7 @@
 //! Every kernel has a plain-tensor form in its own tests and for other devices. Arithmetic is f32, whatever the storage;
 //! results do not depend on the number of threads.
 
+pub mod attention;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rotary;

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::attention_core::{self, Normalisers};
+use super::attention_core::{self, Normalisers, Projections};
 use super::batch::Batch;
 use super::decoder::{Decoder, Keep};
 use super::sharding::{LayerParams, attention_unit};
@@ -82,15 +82,10 @@ pub(super) fn backward(
     sink.product(params.output, &d_output, &rest.mixed);
     drop(d_output);
     let Rest { rstd, projected, mixed, normalisers } = rest;
-    let d_qkv = {
-        let d_qkv = Tensor::empty(projected.qkv.size(), (projected.qkv.kind(), projected.qkv.device()));
-        let (q, k, v) = heads(model, &projected);
-        let (dq, dk, dv) = split(model, &d_qkv);
-        let window = model.arch.windows[layer];
-        let grads = (&dq, &dk, &dv);
-        attention_core::backward(&d_mixed, &q, &k, &v, &mixed, &normalisers, &batch.sequences, window, grads);
-        d_qkv
-    };
+    let shape = core_shape(model, layer);
+    let d_qkv =
+        attention_core::backward(&d_mixed, &inputs(model, &projected), &mixed, normalisers, &batch.sequences, shape);
+    drop((d_mixed, mixed));
     let d_qkv = unproject(model, weights, params, batch, projected, d_qkv, sink);
     let normed = rms_norm::apply(&x, weights.get(params.attention_norm), &rstd);
     sink.product(params.qkv, &d_qkv, &model.gather_tokens(normed));
@@ -112,8 +107,8 @@ fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &T
         let _ = qkv.g_add_(weights.get(bias));
     }
     let projected = project(model, weights, params, batch, qkv);
-    let (q, k, v) = heads(model, &projected);
-    let (mixed, normalisers) = attention_core::forward(&q, &k, &v, &batch.sequences, model.arch.windows[layer]);
+    let (mixed, normalisers) =
+        attention_core::forward(&inputs(model, &projected), &batch.sequences, core_shape(model, layer));
     Rest { rstd, projected, mixed, normalisers }
 }
 
@@ -180,17 +175,18 @@ fn head_rows(x: &Tensor, first: i64, heads: i64, head_dim: i64) -> Tensor {
     x.narrow(1, first * head_dim, heads * head_dim).contiguous().view([-1, head_dim])
 }
 
-/// Views of q, k and v in a `[tokens, (heads + 2 kv_heads) * head_dim]` tensor.
-fn split(model: &Decoder, qkv: &Tensor) -> (Tensor, Tensor, Tensor) {
+fn core_shape(model: &Decoder, layer: usize) -> attention_core::Shape {
     let Shape { q_heads, kv_heads, head_dim } = Shape::of(model);
-    let all = qkv.view([qkv.size()[0], q_heads + 2 * kv_heads, head_dim]);
-    (all.narrow(1, 0, q_heads), all.narrow(1, q_heads, kv_heads), all.narrow(1, q_heads + kv_heads, kv_heads))
+    attention_core::Shape { q_heads, kv_heads, head_dim, window: model.arch.windows[layer] }
 }
 
-fn heads(model: &Decoder, projected: &Projected) -> (Tensor, Tensor, Tensor) {
-    let (q, k, v) = split(model, &projected.qkv);
+/// Where q, k and v lie.
+fn inputs<'a>(model: &Decoder, projected: &'a Projected) -> Projections<'a> {
+    let Shape { q_heads, kv_heads, head_dim } = Shape::of(model);
+    let qkv = &projected.qkv;
+    let (k_first, v_first) = (q_heads * head_dim, (q_heads + kv_heads) * head_dim);
     match &projected.normed {
-        None => (q, k, v),
-        Some((normed_q, normed_k)) => (normed_q.values.view_as(&q), normed_k.values.view_as(&k), v),
+        None => Projections { q: (qkv, 0), k: (qkv, k_first), v: (qkv, v_first) },
+        Some((q, k)) => Projections { q: (&q.values, 0), k: (&k.values, 0), v: (qkv, v_first) },
     }
 }
