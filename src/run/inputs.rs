@@ -22,8 +22,10 @@ pub struct Inputs {
     pub retain: Option<Dataset>,
     /// Samples that are only evaluated.
     watched: Option<Dataset>,
-    /// The folder's weights; None for a random start.
+    /// The folder's weights until they are loaded; None for a random start.
     weights: Option<Folder>,
+    /// Kind of the weights that were read.
+    pub stored_kind: Kind,
     anchors_name: &'static str,
     pub warnings: Vec<String>,
 }
@@ -60,7 +62,9 @@ impl Inputs {
         let retain = data.retain.as_ref().map(|source| load("data.retain", source)).transpose()?;
         let watched = data.forget.as_ref().filter(|_| finetune);
         let watched = watched.map(|source| load("data.forget", source)).transpose()?;
-        let mut inputs = Self { arch, anchors, retain, watched, weights, anchors_name, warnings: Vec::new() };
+        let stored_kind = weights.as_ref().map_or(Kind::Float, Folder::kind);
+        let mut inputs =
+            Self { arch, anchors, retain, watched, weights, stored_kind, anchors_name, warnings: Vec::new() };
         inputs.check(config)?;
         for warning in &inputs.warnings {
             tell(world, warning);
@@ -72,8 +76,8 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// Loads this rank's shards. All ranks call it.
-    pub fn load(&self, config: &Config, world: &World, console: &Console) -> Result<Loaded, RunError> {
+    /// Loads this rank's shards and lets go of the files: a mapped file counts as memory. All ranks call it.
+    pub fn load(&mut self, config: &Config, world: &World, console: &Console) -> Result<Loaded, RunError> {
         let table = Table::new(&self.arch, world.mesh.tp, world.mesh.tp_rank(), config.parallel.sequence_parallel)?;
         let (owners, owner) = if config.parallel.zero { (world.mesh.dp, world.mesh.dp_rank()) } else { (1, 0) };
         let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
@@ -94,6 +98,7 @@ impl Inputs {
         })?;
         drop(bar);
         let identity = self.identity(config, world)?;
+        self.weights = None;
         let decoder = Decoder {
             arch: self.arch.clone(),
             table,
@@ -119,11 +124,6 @@ impl Inputs {
             ("retain", self.retain.as_ref()),
         ];
         named.into_iter().filter_map(|(name, set)| Some((name, set?))).collect()
-    }
-
-    /// Kind of the weights that were read.
-    pub fn stored_kind(&self) -> Kind {
-        self.weights.as_ref().map_or(Kind::Float, Folder::kind)
     }
 
     /// Digest of the weight files, or of what random weights are made from. All ranks call it.

@@ -46,7 +46,7 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let Context { world, console, .. } = &context;
     let folder = RunFolder::create(config, &context)?;
     let mut metrics = folder.metrics(config, &context)?;
-    let inputs = Inputs::read(config, world)?;
+    let mut inputs = Inputs::read(config, world)?;
     let Loaded { decoder, parameters, identity } = inputs.load(config, world, console)?;
     let (memory, steps) = (MemoryLine::of(&parameters), total_steps(config, &inputs));
 
@@ -239,7 +239,7 @@ fn export_model(
     folder: &RunFolder,
 ) -> Result<(), RunError> {
     let kind = match config.export.dtype {
-        config::ExportDtype::Same => inputs.stored_kind(),
+        config::ExportDtype::Same => inputs.stored_kind,
         config::ExportDtype::Bf16 => Kind::BFloat16,
         config::ExportDtype::F16 => Kind::Half,
         config::ExportDtype::F32 => Kind::Float,
