@@ -50,9 +50,14 @@ pub fn initialise() -> Option<Environment> {
     Some(Environment { _universe: universe })
 }
 
+/// Whether MPI was started and not yet finalised.
+pub fn is_active() -> bool {
+    INITIALISED.load(Ordering::SeqCst)
+}
+
 /// Ends all ranks of the job with `code`. Returns only when MPI was never started.
 pub fn abort(code: i32) {
-    if INITIALISED.load(Ordering::SeqCst) {
+    if is_active() {
         // SAFETY: MPI is initialised; MPI_Abort does not return.
         unsafe { ffi::MPI_Abort(ffi::RSMPI_COMM_WORLD, code) };
     }

@@ -3,9 +3,11 @@
 mod error;
 mod export;
 mod folder;
+mod random;
 mod tensor_file;
 
 pub use error::CheckpointError;
 pub use export::{ExportOptions, export};
 pub use folder::Folder;
+pub use random::write_random;
 pub use tensor_file::{Reader, Spec, Writer};

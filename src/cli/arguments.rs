@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::data::synth;
+use crate::run::Fault;
 
 /// Unlearn samples from a large language model.
 ///
@@ -61,6 +62,9 @@ pub(super) struct RunOptions {
     /// Log lines for people or for machines
     #[arg(long, value_enum, default_value_t = LogChoice::Text)]
     pub(super) log_format: LogChoice,
+    /// Let a rank fail: panic|error|kill|hang@load|step|eval|export:RANK
+    #[arg(long, value_name = "FAULT", hide = true)]
+    pub(super) fault: Option<Fault>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -167,7 +171,7 @@ pub(super) struct SynthOptions {
     #[arg(long, default_value_t = synth::Options::default().forget_fraction)]
     forget_fraction: f64,
     #[arg(long, default_value_t = synth::Options::default().seed)]
-    seed: u64,
+    pub(super) seed: u64,
     /// Tokens of the tokenizer
     #[arg(long, default_value_t = synth::Options::default().vocab_size)]
     vocab: usize,
@@ -183,6 +187,9 @@ pub(super) struct SynthOptions {
     /// Width of the MLP
     #[arg(long, default_value_t = synth::Options::default().shape.intermediate)]
     intermediate: usize,
+    /// Write random weights of the model too, drawn from the seed
+    #[arg(long)]
+    pub(super) weights: bool,
     /// Overwrite the files in a folder that is not empty
     #[arg(long)]
     force: bool,

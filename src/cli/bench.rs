@@ -3,19 +3,18 @@
 use std::time::Duration;
 
 use super::arguments::StepBenchOptions;
-use super::ending;
 use super::launch::Launched;
-use super::run::{Ranks, set_threads};
-use crate::abi::host;
+use super::run::{Ranks, set_threads, with_ranks};
 use crate::bench::{self, StepBench};
 use crate::config::{Precision, Recompute};
 use crate::model::architecture::Packing;
 use crate::model::{Architecture, Rope, Scaling};
 
 pub(super) fn step(options: &StepBenchOptions, launched: &Launched) -> anyhow::Result<()> {
-    host::keep_freed_memory();
-    ending::on_panic_end_the_job(launched.rank);
-    let ranks = Ranks::start(launched)?;
+    with_ranks(launched, |ranks| step_on(ranks, options, launched))
+}
+
+fn step_on(ranks: &Ranks, options: &StepBenchOptions, launched: &Launched) -> anyhow::Result<()> {
     let world = ranks.world(options.tp, None, Duration::from_secs(600), launched)?;
     set_threads(options.threads, &world)?;
     let bench = StepBench {

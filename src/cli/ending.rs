@@ -9,10 +9,16 @@ const EXIT_PANIC: i32 = 101;
 /// Exit code after a collective outlasted its deadline.
 const EXIT_TIMEOUT: i32 = 102;
 
-/// Ends the job because of an error that all ranks, or this one, have found.
-pub(super) fn refuse(rank: usize, message: &str) -> ExitCode {
+/// Ends this process, and with it all ranks, because of an error that all of them, or this one alone, have found.
+pub(super) fn end_job(rank: usize, message: &str) -> ! {
     say(rank, message);
     abort_job(i32::from(super::EXIT_REFUSED));
+    std::process::exit(i32::from(super::EXIT_REFUSED));
+}
+
+/// As [`end_job`] where nothing was started yet.
+pub(super) fn refuse(rank: usize, message: &str) -> ExitCode {
+    say(rank, message);
     ExitCode::from(super::EXIT_REFUSED)
 }
 
@@ -50,14 +56,23 @@ fn say(rank: usize, message: &str) {
 }
 
 fn say_now(rank: usize, message: &str) {
+    // the rank's log file keeps it too
+    tracing::debug!("ended: {message}");
     let who = if rank == 0 { String::new() } else { format!(" on rank {rank}") };
     let mut err = std::io::stderr().lock();
-    let _ = writeln!(err, "error{who}: {message}");
+    // in one piece: launchers forward pieces of several ranks in any order
+    let _ = err.write_all(format!("error{who}: {message}\n").as_bytes());
     let _ = err.flush();
 }
 
+/// Ends the other ranks, once the launcher had time to forward the message: after an abort it throws away what is on its way.
+#[cfg(feature = "mpi")]
 fn abort_job(code: i32) {
-    #[cfg(feature = "mpi")]
-    crate::abi::mpi::abort(code);
-    let _ = code;
+    if crate::abi::mpi::is_active() {
+        std::thread::sleep(Duration::from_millis(300));
+        crate::abi::mpi::abort(code);
+    }
 }
+
+#[cfg(not(feature = "mpi"))]
+fn abort_job(_: i32) {}

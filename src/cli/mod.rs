@@ -16,8 +16,10 @@ use std::time::Instant;
 use arguments::{Arguments, BenchVerb, ConfigVerb, DataVerb, Verb};
 use clap::Parser;
 
+use crate::checkpoint;
 use crate::config;
 use crate::data::synth;
+use crate::model::families;
 
 /// Exit code for a mistake in command, configuration or data: trying again changes nothing.
 pub const EXIT_REFUSED: u8 = 2;
@@ -60,14 +62,19 @@ fn show(file: &std::path::Path, set: &[String]) -> anyhow::Result<()> {
 
 fn write_synth(options: &arguments::SynthOptions) -> anyhow::Result<()> {
     let summary = synth::write(&options.out, &options.into())?;
+    let model = options.out.join("model");
+    if options.weights {
+        checkpoint::write_random(&model, &families::read(&model)?, options.seed)?;
+    }
     println!(
-        "{}: {} fictional authors, {} questions; {} to forget, {} to keep; model/ holds a tokenizer of {} tokens and a config.json",
+        "{}: {} fictional authors, {} questions; {} to forget, {} to keep; model/ holds a tokenizer of {} tokens and a config.json{}",
         options.out.display(),
         summary.authors,
         summary.full,
         summary.forget,
         summary.retain,
-        summary.vocab_size
+        summary.vocab_size,
+        if options.weights { " with random weights" } else { "" }
     );
     Ok(())
 }

@@ -14,9 +14,22 @@ use crate::run::{self, Context};
 use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
 
 pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
+    with_ranks(launched, |ranks| run_on(ranks, options, launched, started))
+}
+
+/// Starts the ranks and runs `body`. An error ends the whole job here, while MPI is up: finalising it would wait for ranks
+/// that are still at work.
+pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyhow::Result<()>) -> anyhow::Result<()> {
     host::keep_freed_memory();
     ending::on_panic_end_the_job(launched.rank);
     let ranks = Ranks::start(launched)?;
+    if let Err(error) = body(&ranks) {
+        ending::end_job(launched.rank, &format!("{error:#}"));
+    }
+    Ok(())
+}
+
+fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     let path = options.config.as_ref().context("--config is missing")?;
     let config = config::from_file(path, &options.set)?;
     if config.run.device == Device::Cuda {
@@ -34,7 +47,8 @@ pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -
         LogChoice::Json => LogFormat::Json,
     };
     let log = start_log(world.mesh.rank, world.mesh.world(), format, &console);
-    let context = Context { world, console, log, started, overwrite: options.overwrite, mpi_version: ranks.version() };
+    let (overwrite, fault, mpi_version) = (options.overwrite, options.fault, ranks.version());
+    let context = Context { world, console, log, started, overwrite, mpi_version, fault };
     let summary = tch::no_grad(|| run::run(&config, context));
     summary.map(drop).map_err(Into::into)
 }

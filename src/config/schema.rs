@@ -362,12 +362,12 @@ pub struct Export {
     /// `same` keeps the type of the weights that were read; or `bf16`, `f16`, `f32`.
     pub dtype: ExportDtype,
     /// Largest weight file; a model above it gets several files and an index. Unit: MiB.
-    pub max_shard_mib: usize,
+    pub max_shard_mib: f64,
 }
 
 impl Default for Export {
     fn default() -> Self {
-        Self { model: true, dtype: ExportDtype::Same, max_shard_mib: 4768 }
+        Self { model: true, dtype: ExportDtype::Same, max_shard_mib: 4768.0 }
     }
 }
 

@@ -19,7 +19,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         return no_effect("parallel.sequence_parallel", "with parallel.tp = 1", "set parallel.tp or remove it");
     }
     positive("run.timeout", config.run.timeout as f64)?;
-    positive("export.max_shard_mib", config.export.max_shard_mib as f64)
+    positive("export.max_shard_mib", config.export.max_shard_mib)
 }
 
 fn method(config: &Config) -> Result<(), ConfigError> {
@@ -116,6 +116,8 @@ fn train(config: &Config) -> Result<(), ConfigError> {
         }
         _ => {}
     }
+    positive("train.epochs", train.epochs.unwrap_or(1) as f64)?;
+    positive("train.steps", train.steps.unwrap_or(1) as f64)?;
     positive("train.global_batch", train.global_batch as f64)?;
     positive("train.micro_batch_tokens", train.micro_batch_tokens as f64)?;
     positive("train.logits_mib", train.logits_mib)

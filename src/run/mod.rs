@@ -1,16 +1,18 @@
 //! One run, from a checked configuration to an exported model: [`run`] reads top to bottom.
 
 mod error;
+mod fault;
 mod files;
 mod inputs;
 mod reference;
 mod summary;
 
 pub use error::RunError;
+pub use fault::{Fault, Phase};
 pub use inputs::{Inputs, Loaded};
 pub use summary::{Evaluations, Summary};
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tch::Kind;
@@ -39,14 +41,20 @@ pub struct Context {
     pub overwrite: bool,
     /// MPI library, where there is one.
     pub mpi_version: Option<String>,
+    /// A fault to put in.
+    pub fault: Option<Fault>,
 }
 
 /// Runs to the end. All ranks call it; the summary is the same on all.
 pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
-    let Context { world, console, .. } = &context;
+    let Context { world, console, fault, .. } = &context;
+    let strike = |phase| Fault::strike(*fault, phase, world.mesh.rank);
+    // loading and exporting take as long as the disk needs; only training has a deadline
+    world.watchdog.set_deadline(Duration::MAX);
     let folder = RunFolder::create(config, &context)?;
     let mut metrics = folder.metrics(config, &context)?;
     let mut inputs = Inputs::read(config, world)?;
+    strike(Phase::Load)?;
     let Loaded { decoder, parameters, identity } = inputs.load(config, world, console)?;
     let (memory, steps) = (MemoryLine::of(&parameters), total_steps(config, &inputs));
 
@@ -78,7 +86,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     };
     let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
     let mut evaluations = Evaluations::default();
+    world.watchdog.set_deadline(Duration::from_secs(config.run.timeout));
     if config.eval.before {
+        strike(Phase::Eval)?;
         evaluations.before = evaluate(config, &inputs, &trainer, forward, world, console);
     }
 
@@ -87,6 +97,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let mut tokens = 0;
     let mut progress = console.progress("training", steps as u64, "steps");
     for step in 0..steps {
+        if step == 1 {
+            strike(Phase::Step)?;
+        }
         let traffic = comm_seconds(world);
         let work = batches.step(step, world.mesh);
         let known = reference.as_ref().map(|cache| cache as &dyn Reference);
@@ -125,7 +138,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     if config.eval.after {
         evaluations.after = evaluate(config, &inputs, &trainer, forward, world, console);
     }
+    world.watchdog.set_deadline(Duration::MAX);
     if config.export.model {
+        strike(Phase::Export)?;
         export_model(config, &inputs, &trainer, world, console, &folder)?;
     }
     let summary = Summary::new(
@@ -250,7 +265,7 @@ fn export_model(
         source: &config.model.path,
         target: &folder.model(),
         kind,
-        max_shard_bytes: config.export.max_shard_mib * 1048576,
+        max_shard_bytes: (config.export.max_shard_mib * 1048576.0) as usize,
     };
     let tensors = trainer.decoder.table.tensors().len() as u64;
     let mut bar = console.progress("export", tensors, "tensors");

@@ -2,7 +2,10 @@
 
 #![allow(clippy::print_stderr, clippy::print_stdout)]
 
+mod failures;
 mod golden_logits;
 mod golden_step;
 mod layouts;
+mod program;
+mod runs;
 mod tiny;

@@ -1,0 +1,162 @@
+//! What a user sees when something is wrong: one message that says where, on any rank, and an end within seconds.
+
+use crate::program::{Workshop, dunlearn, mpirun};
+
+const RUN: &str = r#"
+[run]
+dir = "{runs}/run"
+timeout = 4
+[model]
+path = "{data}/model"
+init = "random"
+[data]
+forget = { path = "{data}/forget.jsonl", kind = "qa" }
+retain = { path = "{data}/retain.jsonl", kind = "qa" }
+[method]
+objective = "ga"
+retain = "nll"
+[train]
+steps = 3
+global_batch = 4
+precision = "f32"
+[optimizer]
+lr = 1e-3
+"#;
+
+const SHAPE: &[&str] = &[
+    "--authors",
+    "5",
+    "--questions",
+    "4",
+    "--vocab",
+    "400",
+    "--hidden",
+    "32",
+    "--layers",
+    "2",
+    "--intermediate",
+    "64",
+];
+
+/// A rank that panics, fails, dies or falls silent ends the job within 10 seconds, with a message and a code that is not 0.
+#[test]
+fn one_failing_rank_ends_all() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    for (fault, message) in [
+        ("panic@step:3", "error on rank 3: injected panic in phase Step"),
+        ("panic@load:2", "error on rank 2: injected panic in phase Load"),
+        ("error@step:1", "error on rank 1: injected error in phase Step"),
+        ("error@export:0", "error: injected error in phase Export"),
+        ("kill@eval:2", "signal"),
+        ("hang@step:1", "no answer to"),
+    ] {
+        let done = mpirun(4, &["--config", &config, "--fault", fault, "--overwrite"]);
+        println!("{fault:16} exit {:?} after {:.1} s", done.code, done.seconds);
+        assert!(!done.success, "{fault}: {}", done.text);
+        assert!(done.text.contains(message), "{fault}: {}", done.text);
+        assert!(done.seconds < 14.0, "{fault}: {:.1} s, of which up to 4 are the run's own", done.seconds);
+        assert!(!workshop.path("run/summary.json").exists(), "{fault}: a failed run looks finished");
+    }
+}
+
+/// An error that all ranks find is told once.
+#[test]
+fn a_common_error_is_told_once() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", &RUN.replace("objective", "objektive"));
+    let done = mpirun(4, &["--config", &config]);
+    assert_eq!(done.text.matches("did you mean `objective`?").count(), 1, "{}", done.text);
+    assert_eq!(done.code, Some(2));
+}
+
+/// One line for each mistake: what was found, where, and what to write.
+#[test]
+fn mistakes_are_explained() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    let model = workshop.path("data/model");
+    let refused = |set: &[&str]| {
+        let arguments: Vec<&str> =
+            ["--config", &config].into_iter().chain(set.iter().flat_map(|s| ["--set", s])).collect();
+        let done = dunlearn(&arguments);
+        assert_eq!(done.code, Some(2), "{}", done.text);
+        assert!(!done.text.contains("panicked") && !done.text.contains("backtrace"), "{}", done.text);
+        done.text
+    };
+    for (set, expected) in [
+        (&["parallel.tp=2"][..], "start it with `mpirun -n 2`"),
+        (&["run.device=cuda"], "run.device: \"cuda\" is not built in this version"),
+        (&["model.path=nowhere"], "cannot read nowhere/config.json"),
+        (&["model.init=pretrained"], "has no weights: expected model.safetensors"),
+        (&["data.forget.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (&["data.forget.kind=text"], "no field \"text\""),
+        (&["train.steps=0"], "train.steps: is 0"),
+        (&["optimizer.lr=fast"], "invalid type: string \"fast\", expected f64"),
+    ] {
+        let text = refused(set);
+        assert!(text.contains(expected), "{set:?}: {text}");
+    }
+    // forget and retain are the same file
+    let same = format!("data.retain.path={}", workshop.path("data/forget.jsonl").display());
+    assert!(refused(&[&same]).contains("nothing would be forgotten"));
+
+    // weights that do not fit list everything that is wrong
+    let checkpoint = workshop.path("other");
+    std::fs::create_dir(&checkpoint).unwrap();
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(model.join(file), checkpoint.join(file)).unwrap();
+    }
+    let wrong = tch::Tensor::zeros([3, 5], (tch::Kind::Float, tch::Device::Cpu));
+    let tensors = [("model.norm.weight", &wrong), ("model.layers.9.mlp.down_proj.weight", &wrong)];
+    tch::Tensor::write_safetensors(&tensors, checkpoint.join("model.safetensors")).unwrap();
+    let path = format!("model.path={}", checkpoint.display());
+    let text = refused(&[&path, "model.init=pretrained"]);
+    for expected in [
+        "missing      model.layers.0.self_attn.q_proj.weight [32, 32]",
+        "wrong shape  model.norm.weight: found [3, 5], expected [32]",
+        "unexpected   model.layers.9.mlp.down_proj.weight [3, 5]",
+    ] {
+        assert!(text.contains(expected), "{text}");
+    }
+    // a truncated file is no panic
+    let bytes = std::fs::read(checkpoint.join("model.safetensors")).unwrap();
+    std::fs::write(checkpoint.join("model.safetensors"), &bytes[..bytes.len() - 8]).unwrap();
+    assert!(refused(&[&path, "model.init=pretrained"]).contains("model.safetensors"));
+
+    // an architecture that is not built is named with key and value
+    let text = std::fs::read_to_string(model.join("config.json")).unwrap();
+    for (from, to, expected) in [
+        ("\"llama\"", "\"gpt2\"", "model_type = \"gpt2\" is not supported"),
+        ("\"silu\"", "\"gelu\"", "hidden_act = \"gelu\" is not supported"),
+    ] {
+        assert!(text.contains(from), "{text}");
+        std::fs::write(checkpoint.join("config.json"), text.replace(from, to)).unwrap();
+        let said = refused(&[&path]);
+        assert!(said.contains(expected), "{said}");
+    }
+}
+
+/// A run that diverges stops with rank, tensor and step, before it writes anything.
+#[test]
+fn a_loss_that_is_no_number_stops_the_run() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    let set = ["optimizer.lr=1e30", "optimizer.max_grad_norm=0", "train.steps=20"];
+    let arguments: Vec<&str> = ["--config", &config].into_iter().chain(set.iter().flat_map(|s| ["--set", s])).collect();
+    let done = mpirun(2, &arguments);
+    assert_eq!(done.code, Some(2), "{}", done.text);
+    assert!(done.text.contains("error: step ") && done.text.contains("lower optimizer.lr"), "{}", done.text);
+    assert!(!workshop.path("run/model").exists());
+}
+
+/// A finished run is not written over by accident.
+#[test]
+fn a_finished_run_is_kept() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    assert!(dunlearn(&["--config", &config]).success);
+    let again = dunlearn(&["--config", &config]);
+    assert!(!again.success && again.text.contains("holds a finished run"), "{}", again.text);
+    assert!(dunlearn(&["--config", &config, "--overwrite"]).success);
+}
