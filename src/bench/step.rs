@@ -14,7 +14,7 @@ use crate::data::{Dataset, Order, RowsOf, Sample};
 use crate::dist::{Reduce, World};
 use crate::model::init::{self, Stream};
 use crate::model::sharding::Table;
-use crate::model::{Architecture, Decoder, Keep, ModelError, ReferenceHead};
+use crate::model::{Architecture, Decoder, Keep, LogitsPool, ModelError, ReferenceHead};
 use crate::telemetry::{Clock, PARTS, Part, table};
 use crate::train::{
     Batches, GradientBuffers, Layout, Optimizer, Parameters, Reference, Schedule, Trainer, TrainerOptions,
@@ -213,6 +213,7 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
         sequence_parallel,
         device: Device::Cpu,
         clock: Clock::default(),
+        logits: LogitsPool::default(),
     };
     Ok(Trainer {
         gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, Device::Cpu),

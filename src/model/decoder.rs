@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::architecture::Architecture;
 use super::attention::{self, AttentionTape};
 use super::batch::Batch;
+use super::head::LogitsPool;
 use super::mlp::{self, MlpTape};
 use super::sharding::Table;
 use super::weights::{Gradients, Weights};
@@ -27,6 +28,7 @@ pub struct Decoder {
     pub device: Device,
     /// Where the time goes.
     pub clock: Clock,
+    pub logits: LogitsPool,
 }
 
 /// What forward keeps for backward.

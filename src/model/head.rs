@@ -4,6 +4,8 @@
 //! caller decides the weight of each row's gradient. Pass 2 computes the logits again, chunk by chunk, and turns them in
 //! place into `weight * (softmax - one-hot)`; it needs no collective but the sum of the hidden gradient.
 
+use std::cell::RefCell;
+
 use tch::{Kind, Tensor};
 
 use super::decoder::Decoder;
@@ -33,7 +35,36 @@ pub struct Scores {
     /// Targets relative to this rank's vocabulary, -1 where they are elsewhere.
     target: Tensor,
     /// Logits of this rank's vocabulary, kept where there is a single chunk.
-    logits: Option<Tensor>,
+    logits: Option<Logits>,
+}
+
+/// `[rows, vocabulary of this rank]` in a buffer that is used again.
+struct Logits {
+    buffer: Tensor,
+    values: Tensor,
+}
+
+/// Buffers for logits that nobody uses at the moment: the largest tensors of a step, of another size in each.
+#[derive(Default)]
+pub struct LogitsPool(RefCell<Vec<Tensor>>);
+
+impl LogitsPool {
+    /// `h: [rows, hidden]` times the transpose of `head: [vocabulary, hidden]`.
+    fn product(&self, h: &Tensor, head: &Tensor) -> Logits {
+        let (rows, width) = (h.size()[0], head.size()[0]);
+        let fits = |buffer: &Tensor| buffer.numel() as i64 >= rows * width && buffer.kind() == h.kind();
+        let buffer = self.0.borrow_mut().pop().filter(fits).unwrap_or_else(|| {
+            // an eighth more than asked for, so that slightly larger steps find it large enough
+            Tensor::empty([rows * width / 8 * 9 + 8], (h.kind(), h.device()))
+        });
+        let values = buffer.narrow(0, 0, rows * width).view([rows, width]);
+        let _ = h.mm_out(&values, &head.tr());
+        Logits { buffer, values }
+    }
+
+    fn give_back(&self, logits: Logits) {
+        self.0.borrow_mut().push(logits.buffer);
+    }
 }
 
 /// The head of a reference model: its rows after the final norm and this rank's rows of its head matrix.
@@ -47,7 +78,7 @@ pub struct Divergence {
     pub kl: Tensor,
     log_sum: Tensor,
     ref_log_sum: Tensor,
-    logits: Option<(Tensor, Tensor)>,
+    logits: Option<(Logits, Logits)>,
 }
 
 impl Decoder {
@@ -63,15 +94,19 @@ impl Decoder {
 
     /// Pass 1 for rows with a target: `targets: [rows]` i64 ids. All ranks of the tensor-parallel group call it.
     pub fn scores(&self, weights: &Weights, rows: &Rows, targets: &Tensor, keep_logits: bool) -> Scores {
-        let head = weights.get(self.table.head).tr();
+        let head = weights.get(self.table.head);
         let (local, here) = self.local_ids(targets);
         let target = local * here.to_kind(Kind::Int64) - here.logical_not().to_kind(Kind::Int64);
         let mut logits = None;
         let mut parts = Vec::new();
         for (start, len) in rows.chunks() {
-            let z = rows.normed.narrow(0, start, len).matmul(&head);
-            parts.push(softmax::statistics(&z, &target.narrow(0, start, len)));
-            logits = (keep_logits && len == rows.len()).then_some(z);
+            let z = self.logits.product(&rows.normed.narrow(0, start, len), head);
+            parts.push(softmax::statistics(&z.values, &target.narrow(0, start, len)));
+            if keep_logits && len == rows.len() {
+                logits = Some(z);
+            } else {
+                self.logits.give_back(z);
+            }
         }
         let total = self.combine(&concatenate(&parts, softmax::STATISTICS, rows));
         let (log_sum, target_logit, best) = (total.select(0, 0), total.select(0, 1), total.select(0, 2));
@@ -96,11 +131,13 @@ impl Decoder {
         let Scores { log_sum, target, mut logits, .. } = scores;
         let d_normed = rows.chunks().map(|(start, len)| {
             let h = rows.normed.narrow(0, start, len);
-            let mut z = logits.take().unwrap_or_else(|| h.matmul(&head.tr()));
+            let mut z = logits.take().unwrap_or_else(|| self.logits.product(&h, head));
             let part = |t: &Tensor| t.narrow(0, start, len);
-            softmax::gradient(&mut z, &part(&log_sum), &part(&weight), &part(&target));
-            sink.product(self.table.head, &z, &h);
-            z.matmul(head)
+            softmax::gradient(&mut z.values, &part(&log_sum), &part(&weight), &part(&target));
+            sink.product(self.table.head, &z.values, &h);
+            let d_h = z.values.matmul(head);
+            self.logits.give_back(z);
+            d_h
         });
         let d_normed: Vec<Tensor> = d_normed.collect();
         self.norm_backward(weights, rows, &d_normed, sink)
@@ -110,19 +147,24 @@ impl Decoder {
     ///
     /// All ranks of the tensor-parallel group call it.
     pub fn divergence(&self, weights: &Weights, rows: &Rows, head: &ReferenceHead, reference: &Tensor) -> Divergence {
-        let (own, other) = (weights.get(self.table.head).tr(), head.weight.tr());
+        let (own, other) = (weights.get(self.table.head), &head.weight);
         let nowhere = Tensor::full([rows.len()], -1, (Kind::Int64, self.device));
         let mut kept = None;
         let (mut own_stats, mut other_stats, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
         for (start, len) in rows.chunks() {
-            let z = rows.normed.narrow(0, start, len).matmul(&own);
-            let y = reference.narrow(0, start, len).matmul(&other);
-            own_stats.push(softmax::statistics(&z, &nowhere.narrow(0, start, len)));
-            other_stats.push(softmax::statistics(&y, &nowhere.narrow(0, start, len)));
+            let z = self.logits.product(&rows.normed.narrow(0, start, len), own);
+            let y = self.logits.product(&reference.narrow(0, start, len), other);
+            own_stats.push(softmax::statistics(&z.values, &nowhere.narrow(0, start, len)));
+            other_stats.push(softmax::statistics(&y.values, &nowhere.narrow(0, start, len)));
             // the second pass over a chunk needs the log-sums of all ranks, so they are gathered chunk by chunk
             let log_sum = self.combine(&other_stats[other_stats.len() - 1]).select(0, 0).contiguous();
-            chunks.push((softmax::cross_difference(&z, &y, &log_sum), log_sum));
-            kept = (len == rows.len()).then_some((z, y));
+            chunks.push((softmax::cross_difference(&z.values, &y.values, &log_sum), log_sum));
+            if len == rows.len() {
+                kept = Some((z, y));
+            } else {
+                self.logits.give_back(z);
+                self.logits.give_back(y);
+            }
         }
         let log_sum = self.combine(&concatenate(&own_stats, softmax::STATISTICS, rows)).select(0, 0).contiguous();
         let (cross, ref_log_sum): (Vec<Tensor>, Vec<Tensor>) = chunks.into_iter().unzip();
@@ -149,13 +191,21 @@ impl Decoder {
         let Divergence { log_sum, ref_log_sum, mut logits, .. } = divergence;
         let d_normed = rows.chunks().map(|(start, len)| {
             let h = rows.normed.narrow(0, start, len);
-            let (mut z, y) = logits
-                .take()
-                .unwrap_or_else(|| (h.matmul(&own.tr()), reference.narrow(0, start, len).matmul(&head.weight.tr())));
             let part = |t: &Tensor| t.narrow(0, start, len);
-            softmax::divergence_gradient(&mut z, &part(&log_sum), &y, &part(&ref_log_sum), &part(&weight));
-            sink.product(self.table.head, &z, &h);
-            z.matmul(own)
+            let again = || (self.logits.product(&h, own), self.logits.product(&part(reference), &head.weight));
+            let (mut z, y) = logits.take().unwrap_or_else(again);
+            softmax::divergence_gradient(
+                &mut z.values,
+                &part(&log_sum),
+                &y.values,
+                &part(&ref_log_sum),
+                &part(&weight),
+            );
+            sink.product(self.table.head, &z.values, &h);
+            let d_h = z.values.matmul(own);
+            self.logits.give_back(z);
+            self.logits.give_back(y);
+            d_h
         });
         let d_normed: Vec<Tensor> = d_normed.collect();
         self.norm_backward(weights, rows, &d_normed, sink)

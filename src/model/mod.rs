@@ -20,7 +20,7 @@ mod weights;
 pub use architecture::Architecture;
 pub use batch::Batch;
 pub use decoder::{Decoder, Keep, Tape};
-pub use head::{Divergence, ReferenceHead, Rows, Scores};
+pub use head::{Divergence, LogitsPool, ReferenceHead, Rows, Scores};
 pub use rope::{Rope, Scaling};
 pub use weights::{Gradients, Weights};
 

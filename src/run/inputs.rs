@@ -10,7 +10,7 @@ use crate::config::{Config, Init, Objective, Precision};
 use crate::data::{Dataset, Encoder, overlap};
 use crate::dist::World;
 use crate::model::sharding::Table;
-use crate::model::{Architecture, Decoder, families, init};
+use crate::model::{Architecture, Decoder, LogitsPool, families, init};
 use crate::telemetry::{Clock, Console};
 use crate::train::{Layout, Parameters};
 
@@ -106,6 +106,7 @@ impl Inputs {
             sequence_parallel: config.parallel.sequence_parallel,
             device: Device::Cpu,
             clock: Clock::default(),
+            logits: LogitsPool::default(),
         };
         tracing::info!(
             "model: {} with {:.1} M parameters, digest {}",

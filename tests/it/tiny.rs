@@ -6,7 +6,7 @@ use std::rc::Rc;
 use dunlearn::dist::World;
 use dunlearn::model::init::{self, Stream};
 use dunlearn::model::sharding::{Piece, Table};
-use dunlearn::model::{Architecture, Decoder, families};
+use dunlearn::model::{Architecture, Decoder, LogitsPool, families};
 use dunlearn::telemetry::Clock;
 use dunlearn::train::{Layout, Parameters};
 use tch::{Device, Kind, Tensor};
@@ -73,6 +73,7 @@ pub fn model_from(
         sequence_parallel: spread.sequence_parallel,
         device: Device::Cpu,
         clock: Clock::default(),
+        logits: LogitsPool::default(),
     };
     (decoder, parameters)
 }
