@@ -79,7 +79,6 @@ pub fn step(bench: &StepBench, world: &World) -> Result<StepResult, ModelError> 
         retain_rows: RowsOf::Scored,
         count_padding: false,
         budget: bench.micro_batch_tokens,
-        multiple: if bench.sequence_parallel { world.mesh.tp } else { 1 },
     };
     let rate_before = matrix_rate(kind);
     let warm_up = 2;

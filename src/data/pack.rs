@@ -42,8 +42,6 @@ pub struct MicroBatch {
     pub positions: Vec<i64>,
     /// Id of the token after each row, 0 where there is none.
     pub targets: Vec<i64>,
-    /// Tokens at the end that belong to no sample, there so that the tokens divide by the ranks of sequence parallelism.
-    pub padding: usize,
 }
 
 /// One sample inside a micro-batch.
@@ -82,14 +80,8 @@ pub fn pack(items: &[Item], budget: usize) -> Vec<Vec<Item>> {
 impl MicroBatch {
     /// Lays out `items`: forget before retain, longest first.
     ///
-    /// `sample`: the sample of an item; `rows`: which rows each stream needs; the number of tokens is filled up to a multiple
-    /// of `multiple`.
-    pub fn new<'a>(
-        items: &[Item],
-        sample: impl Fn(Item) -> &'a Sample,
-        rows: impl Fn(Stream) -> RowsOf,
-        multiple: usize,
-    ) -> Self {
+    /// `sample`: the sample of an item; `rows`: which rows each stream needs.
+    pub fn new<'a>(items: &[Item], sample: impl Fn(Item) -> &'a Sample, rows: impl Fn(Stream) -> RowsOf) -> Self {
         let mut items = items.to_vec();
         items.sort_by_key(|item| (item.stream, std::cmp::Reverse(item.len)));
         let mut batch = Self::default();
@@ -114,15 +106,12 @@ impl MicroBatch {
             let rows = first_row..batch.positions.len();
             batch.sequences.push(Sequence { stream: item.stream, sample: item.sample, len: sample.tokens.len(), rows });
         }
-        batch.padding = batch.tokens.len().next_multiple_of(multiple) - batch.tokens.len();
-        batch.tokens.resize(batch.tokens.len() + batch.padding, 0);
         batch
     }
 
-    /// Lengths of all sequences, the padding as one of its own.
+    /// Lengths of all sequences, in order.
     pub fn lengths(&self) -> Vec<usize> {
-        let padding = (self.padding > 0).then_some(self.padding);
-        self.sequences.iter().map(|sequence| sequence.len).chain(padding).collect()
+        self.sequences.iter().map(|sequence| sequence.len).collect()
     }
 
     /// Rows of one stream; they are consecutive.
@@ -190,17 +179,17 @@ mod tests {
         ];
         let items =
             [Item { stream: Stream::Retain, sample: 1, len: 3 }, Item { stream: Stream::Forget, sample: 0, len: 4 }];
-        let batch = MicroBatch::new(&items, |item| &samples[item.sample], |_| RowsOf::Scored, 4);
-        assert_eq!(batch.tokens, [5, 6, 7, 8, 9, 4, 3, 0]);
+        let batch = MicroBatch::new(&items, |item| &samples[item.sample], |_| RowsOf::Scored);
+        assert_eq!(batch.tokens, [5, 6, 7, 8, 9, 4, 3]);
         assert_eq!(batch.positions, [1, 2, 5]);
         assert_eq!(batch.targets, [7, 8, 3]);
-        assert_eq!(batch.lengths(), [4, 3, 1]);
+        assert_eq!(batch.lengths(), [4, 3]);
         assert_eq!((batch.rows(Stream::Forget), batch.rows(Stream::Retain)), (0..2, 2..3));
 
         let rows = |stream| {
             if stream == Stream::Retain { RowsOf::Every } else { RowsOf::Scored }
         };
-        let batch = MicroBatch::new(&items, |item| &samples[item.sample], rows, 1);
+        let batch = MicroBatch::new(&items, |item| &samples[item.sample], rows);
         assert_eq!(batch.positions, [1, 2, 4, 5, 6]);
         assert_eq!(batch.targets, [7, 8, 4, 3, 0]);
         assert_eq!((batch.rows(Stream::Forget), batch.rows(Stream::Retain)), (0..2, 2..5));

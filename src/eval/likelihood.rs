@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use crate::abi::slices::slice;
 use crate::data::{Dataset, Item, MicroBatch, RowsOf, Stream, pack, share};
 use crate::dist::World;
-use crate::model::{Batch, Decoder, Keep, Weights};
+use crate::model::{Decoder, Keep, Weights};
 
 /// One sample's log-probabilities.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,8 +37,6 @@ pub struct LikelihoodScores {
 pub struct ForwardOptions {
     /// Tokens of one micro-batch.
     pub budget: usize,
-    /// Micro-batches are filled up to a multiple of this. Unit: tokens.
-    pub multiple: usize,
     /// Memory for one chunk of logits. Unit: bytes.
     pub logits_bytes: f64,
 }
@@ -61,7 +59,7 @@ pub fn per_sample(
     let mut scores = Vec::new();
     for items in pack(&mine, options.budget) {
         let sample = |item: Item| &dataset.samples[item.sample];
-        let micro_batch = MicroBatch::new(&items, sample, |_| RowsOf::Scored, options.multiple);
+        let micro_batch = MicroBatch::new(&items, sample, |_| RowsOf::Scored);
         scores.extend(forward(decoder, weights, &micro_batch, options));
         progress(items.len());
     }
@@ -91,7 +89,7 @@ fn forward(
     micro_batch: &MicroBatch,
     options: ForwardOptions,
 ) -> Vec<SampleScore> {
-    let batch = Batch::new(&micro_batch.tokens, &micro_batch.lengths(), &decoder.arch.rope, decoder.device);
+    let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
     let (hidden, _) = decoder.forward(weights, &batch, Keep::Nothing);
     let positions = Tensor::from_slice(&micro_batch.positions).to_device(decoder.device);
     let targets = Tensor::from_slice(&micro_batch.targets).to_device(decoder.device);

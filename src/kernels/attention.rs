@@ -1,8 +1,9 @@
 //! The passes between the matrix products of attention, on sequences that are packed head by head.
 //!
-//! A group holds sequences of similar length, each padded to the longest. Its q is `[sequences * kv_heads, share * width, dim]`
-//! (the query heads that share a key head one below the other), k and v are `[sequences * kv_heads, width, dim]`, scores are
-//! `[sequences * kv_heads, share * width, width]`: one batched product does all of them, and no key is copied for its heads.
+//! A group holds sequences of similar length, each padded to the same width. Its entries are the pairs of a sequence and a
+//! key/value head: q is `[entries, share * width, dim]` (the query heads that share a key head one below the other), k and v
+//! are `[entries, width, dim]`, scores `[entries, share * width, width]`. No key is copied for its heads. Products run over
+//! [`Group::chunk`] entries at a time: few distinct sizes, and scores that stay in the cache until they are used.
 
 use tch::{Kind, Tensor};
 
@@ -15,9 +16,12 @@ use crate::abi::slices::{slice, slice_mut};
 pub struct Group {
     /// First token and length of each.
     pub sequences: Vec<(usize, usize)>,
-    /// Length of the longest.
+    /// Length of the longest, rounded up.
     pub width: usize,
 }
+
+/// Scores of one chunk: 1 MiB in bf16.
+const CHUNK_SCORES: usize = 1 << 19;
 
 /// Heads of one kind inside rows of tokens.
 #[derive(Clone, Copy, Debug)]
@@ -49,39 +53,53 @@ impl Sight {
 }
 
 impl Group {
-    /// Groups of at most `max_scores` scores a head, with little padding: the shortest has at least 3/4 of the longest's length.
-    pub fn cut(sequences: &[(i64, i64)], max_scores: usize) -> Vec<Self> {
+    /// Groups with little padding: the shortest has at least 3/4 of the longest's length.
+    pub fn cut(sequences: &[(i64, i64)]) -> Vec<Self> {
         let mut order: Vec<(usize, usize)> =
             sequences.iter().map(|&(start, len)| (start as usize, len as usize)).collect();
         order.sort_by_key(|&(start, len)| (std::cmp::Reverse(len), start));
         let mut groups = Vec::<Self>::new();
         for (start, len) in order {
             match groups.last_mut() {
-                Some(group)
-                    if 4 * len >= 3 * group.width
-                        && (group.sequences.len() + 1) * group.width * group.width <= max_scores =>
-                {
-                    group.sequences.push((start, len));
-                }
-                _ => groups.push(Self { sequences: vec![(start, len)], width: len }),
+                Some(group) if 4 * len >= 3 * group.sequences[0].1 => group.sequences.push((start, len)),
+                _ => groups.push(Self { sequences: vec![(start, len)], width: len.next_multiple_of(16) }),
             }
         }
         groups
     }
+
+    /// Entries of one batched product; depends on sizes alone, not on how many sequences there are.
+    pub fn chunk(&self, share: usize) -> usize {
+        let fitting = (CHUNK_SCORES / (share * self.width * self.width)).clamp(1, 32);
+        1 << fitting.ilog2()
+    }
+
+    /// Length of an entry's sequence; 0 for entries that only fill up a chunk.
+    fn len(&self, entry: usize, kv_heads: usize) -> usize {
+        self.sequences.get(entry / kv_heads).map_or(0, |(_, len)| *len)
+    }
+
+    /// Entries, filled up to whole chunks.
+    fn entries(&self, kv_heads: usize, share: usize) -> usize {
+        (self.sequences.len() * kv_heads).next_multiple_of(self.chunk(share))
+    }
 }
 
-/// Heads of the group's tokens from `x: [tokens, row]`, packed head by head with zeros behind each sequence:
-/// `[sequences * kv_heads, share * width, dim]`.
-pub fn pack(x: &Tensor, group: &Group, heads: Heads) -> Tensor {
+/// Heads of the group's tokens from `x: [tokens, row]`, packed head by head with zeros behind each sequence and in entries
+/// that fill up the last chunk: `[entries, share * width, dim]`.
+///
+/// `chunk_share`: query heads for each key/value head, which decides on the size of a chunk for q, k and v alike.
+pub fn pack(x: &Tensor, group: &Group, heads: Heads, chunk_share: usize) -> Tensor {
     let Heads { row, first, kv_heads, share, dim } = heads;
-    let shape = [(group.sequences.len() * kv_heads) as i64, (share * group.width) as i64, dim as i64];
+    let entries = group.entries(kv_heads, chunk_share);
+    let shape = [entries as i64, (share * group.width) as i64, dim as i64];
     let mut packed = Tensor::empty(shape, (x.kind(), x.device()));
     on_cpu!(x, T => {
         let input = slice::<T>(x);
         let chunk = group.width * dim;
         // one chunk is one head of one sequence
         parallel::for_chunks(slice_mut::<T>(&mut packed), chunk, 1, |index, out| {
-            let (start, len) = group.sequences[index / (kv_heads * share)];
+            let (start, len) = group.sequences.get(index / (kv_heads * share)).copied().unwrap_or((0, 0));
             let head = first + index % (kv_heads * share) * dim;
             let (filled, rest) = out.split_at_mut(len * dim);
             for (token, out) in filled.chunks_mut(dim).enumerate() {
@@ -118,21 +136,20 @@ pub fn unpack(packed: &Tensor, group: &Group, heads: Heads, x: &mut Tensor) {
     .expect("invariant: packed attention is for CPU tensors of f32 or bf16");
 }
 
-/// Turns scores into probabilities in place and gives the log-sum-exp of each query's scaled scores, f32.
+/// Turns the scores of a chunk into probabilities in place and gives the log-sum-exp of each query's scaled scores, f32.
 ///
-/// What a query does not see, and the rows behind a sequence's end, become 0.
-pub fn softmax(scores: &mut Tensor, group: &Group, kv_heads: usize, sight: Sight) -> Tensor {
-    let (batch, rows, width) = scores.size3().expect("invariant: scores have three dimensions");
-    let mut log_sums = Tensor::empty([batch, rows], (Kind::Float, scores.device()));
+/// `first`: entry of the group at which the chunk begins. What a query does not see, and the rows behind a sequence's end,
+/// become 0.
+pub fn softmax(scores: &mut Tensor, group: &Group, first: usize, kv_heads: usize, sight: Sight) -> Tensor {
+    let (entries, rows, width) = scores.size3().expect("invariant: scores have three dimensions");
+    let mut log_sums = Tensor::empty([entries, rows], (Kind::Float, scores.device()));
     on_cpu!(scores, T => {
         let (scores, width) = (slice_mut::<T>(scores), width as usize);
         let rows = rows as usize;
         parallel::for_chunks2((scores, width), (slice_mut::<f32>(&mut log_sums), 1), 8, |index, row, log_sum| {
-            let len = group.sequences[index / rows / kv_heads].1;
             let position = index % rows % width;
-            log_sum[0] = if position < len {
-                let first = sight.first(position);
-                softmax_row(row, first, position + 1, sight.scale)
+            log_sum[0] = if position < group.len(first + index / rows, kv_heads) {
+                softmax_row(row, sight.first(position), position + 1, sight.scale)
             } else {
                 row.fill(T::put(0.0));
                 0.0
@@ -143,17 +160,22 @@ pub fn softmax(scores: &mut Tensor, group: &Group, kv_heads: usize, sight: Sight
     log_sums
 }
 
-/// Probabilities again from scores and their log-sum-exp, in place.
-pub fn probabilities(scores: &mut Tensor, log_sums: &Tensor, group: &Group, kv_heads: usize, sight: Sight) {
+/// Probabilities of a chunk again from scores and their log-sum-exp, in place.
+pub fn probabilities(
+    scores: &mut Tensor,
+    log_sums: &Tensor,
+    group: &Group,
+    first: usize,
+    kv_heads: usize,
+    sight: Sight,
+) {
     let (_, rows, width) = scores.size3().expect("invariant: scores have three dimensions");
     on_cpu!(scores, T => {
         let (rows, width, log_sums) = (rows as usize, width as usize, slice::<f32>(log_sums));
         parallel::for_chunks(slice_mut::<T>(scores), width, 8, |index, row| {
-            let len = group.sequences[index / rows / kv_heads].1;
             let position = index % rows % width;
-            if position < len {
-                let first = sight.first(position);
-                probability_row(row, first, position + 1, sight.scale, log_sums[index]);
+            if position < group.len(first + index / rows, kv_heads) {
+                probability_row(row, sight.first(position), position + 1, sight.scale, log_sums[index]);
             } else {
                 row.fill(T::put(0.0));
             }
@@ -228,13 +250,14 @@ mod tests {
     #[test]
     fn groups_hold_every_sequence_once_with_little_padding() {
         let sequences = [(0, 90), (90, 10), (100, 80), (180, 9), (189, 70), (259, 1)];
-        let groups = Group::cut(&sequences, 1 << 20);
+        let groups = Group::cut(&sequences);
         let mut starts: Vec<usize> = groups.iter().flat_map(|g| g.sequences.iter().map(|s| s.0)).collect();
         starts.sort_unstable();
         assert_eq!(starts, [0, 90, 100, 180, 189, 259]);
-        assert!(groups.iter().all(|g| g.sequences.iter().all(|s| 4 * s.1 >= 3 * g.width && s.1 <= g.width)));
-        assert_eq!(groups.len(), 3);
-        assert_eq!(Group::cut(&sequences, 90 * 90).len(), 5);
+        assert!(groups.iter().all(|g| g.sequences.iter().all(|s| 4 * s.1 >= 3 * g.sequences[0].1 && s.1 <= g.width)));
+        assert_eq!(groups.iter().map(|g| g.width).collect::<Vec<_>>(), [96, 16, 16]);
+        assert_eq!(groups[0].chunk(1), 32);
+        assert_eq!(groups[0].chunk(8), 4);
     }
 
     #[test]
@@ -243,8 +266,8 @@ mod tests {
         let group = Group { sequences: vec![(3, 4), (0, 2)], width: 4 };
         // heads of width 2 from element 4 on: 1 key head, 3 query heads that share it
         let heads = Heads { row: 10, first: 4, kv_heads: 1, share: 3, dim: 2 };
-        let packed = pack(&x, &group, heads);
-        assert_eq!(packed.size(), [2, 12, 2]);
+        let packed = pack(&x, &group, heads, 3);
+        assert_eq!(packed.size(), [32, 12, 2]);
         assert_eq!(packed.double_value(&[0, 0, 0]), 34.0);
         assert_eq!(packed.double_value(&[0, 5, 1]), 47.0);
         assert_eq!(packed.double_value(&[1, 2, 0]), 0.0);

@@ -10,8 +10,6 @@ use crate::kernels::attention::{self as kernel, Group, Heads, Sight};
 
 /// Longest sequence whose scores are held as a matrix. Unit: tokens.
 const LONGEST_PACKED: i64 = 1024;
-/// Scores of one head that a group holds at most: 4 million, 8 MiB in bf16.
-const MAX_SCORES: usize = 1 << 22;
 
 /// Heads of this rank and the keys that a query sees.
 #[derive(Clone, Copy, Debug)]
@@ -39,12 +37,13 @@ pub fn forward(inputs: &Projections, sequences: &[(i64, i64)], shape: Shape) -> 
     let mut out = Tensor::empty([tokens, width], (inputs.q.0.kind(), inputs.q.0.device()));
     let (short, long) = partition(inputs.q.0, sequences);
     let mut normalisers = Vec::new();
-    for group in Group::cut(&short, MAX_SCORES) {
+    for group in Group::cut(&short) {
         normalisers.push(packed_forward(inputs, &group, shape, &mut out));
     }
     for sequence in long {
         normalisers.push(flash_forward(inputs, sequence, shape, &out));
     }
+    clear_rest(&out, sequences);
     (out, Normalisers(normalisers))
 }
 
@@ -64,13 +63,20 @@ pub fn backward(
     let (short, long) = partition(inputs.q.0, sequences);
     let mut normalisers = normalisers.0.into_iter();
     let mut next = || normalisers.next().expect("invariant: forward left one a group");
-    for group in Group::cut(&short, MAX_SCORES) {
+    for group in Group::cut(&short) {
         packed_backward(grad, inputs, &next(), &group, shape, &mut grads);
     }
     for sequence in long {
         flash_backward(grad, inputs, out, &next(), sequence, shape, &grads);
     }
+    clear_rest(&grads, sequences);
     grads
+}
+
+/// Zeros for the tokens behind the last sequence.
+fn clear_rest(x: &Tensor, sequences: &[(i64, i64)]) {
+    let filled = sequences.last().map_or(0, |(start, len)| start + len);
+    let _ = x.narrow(0, filled, x.size()[0] - filled).zero_();
 }
 
 /// Sequences for packed attention, and the others.
@@ -101,17 +107,31 @@ impl Shape {
 }
 
 fn pack(inputs: &Projections, group: &Group, shape: Shape) -> (Tensor, Tensor, Tensor) {
-    let one = |x: (&Tensor, i64), share| kernel::pack(x.0, group, shape.heads(x, share));
+    let one = |x: (&Tensor, i64), share| kernel::pack(x.0, group, shape.heads(x, share), shape.share() as usize);
     (one(inputs.q, shape.share()), one(inputs.k, 1), one(inputs.v, 1))
 }
 
 fn packed_forward(inputs: &Projections, group: &Group, shape: Shape, out: &mut Tensor) -> Tensor {
     let (q, k, v) = pack(inputs, group, shape);
-    let mut scores = q.bmm(&k.transpose(1, 2));
-    let log_sums = kernel::softmax(&mut scores, group, shape.kv_heads as usize, shape.sight());
-    let heads = shape.heads((out, 0), shape.share());
-    kernel::unpack(&scores.bmm(&v), group, heads, out);
-    log_sums
+    let mixed = q.empty_like();
+    let (firsts, chunk) = chunks(&q, group, shape);
+    let log_sums: Vec<Tensor> = firsts
+        .map(|first| {
+            let part = |t: &Tensor| t.narrow(0, first, chunk);
+            let mut scores = part(&q).bmm(&part(&k).transpose(1, 2));
+            let log_sums = kernel::softmax(&mut scores, group, first as usize, shape.kv_heads as usize, shape.sight());
+            let _ = scores.bmm_out(&part(&mixed), &part(&v));
+            log_sums
+        })
+        .collect();
+    kernel::unpack(&mixed, group, shape.heads((out, 0), shape.share()), out);
+    Tensor::cat(&log_sums, 0)
+}
+
+/// First entry of each chunk of a packed tensor, and the entries of one chunk.
+fn chunks(q: &Tensor, group: &Group, shape: Shape) -> (impl Iterator<Item = i64> + use<>, i64) {
+    let chunk = group.chunk(shape.share() as usize);
+    ((0..q.size()[0]).step_by(chunk), chunk as i64)
 }
 
 /// With S the scaled scores, P their softmax: dV = P' dO, dP = dO V', dS = P (dP - sum P dP), dQ = dS K, dK = dS' Q.
@@ -124,19 +144,25 @@ fn packed_backward(
     grads: &mut Tensor,
 ) {
     let (q, k, v) = pack(inputs, group, shape);
-    let d_out = kernel::pack(grad, group, shape.heads((grad, 0), shape.share()));
+    let d_out = kernel::pack(grad, group, shape.heads((grad, 0), shape.share()), shape.share() as usize);
     let sight = shape.sight();
-    let mut p = q.bmm(&k.transpose(1, 2));
-    kernel::probabilities(&mut p, log_sums, group, shape.kv_heads as usize, sight);
-    let d_v = p.transpose(1, 2).bmm(&d_out);
-    let mut d_scores = d_out.bmm(&v.transpose(1, 2));
-    kernel::softmax_backward(&mut d_scores, &p, sight.scale);
-    let d_q = d_scores.bmm(&k);
-    let d_k = d_scores.transpose(1, 2).bmm(&q);
+    let (d_q, d_k, d_v) = (q.empty_like(), k.empty_like(), v.empty_like());
+    let (firsts, chunk) = chunks(&q, group, shape);
+    for first in firsts {
+        let part = |t: &Tensor| t.narrow(0, first, chunk);
+        let (q, k, v, d_out) = (part(&q), part(&k), part(&v), part(&d_out));
+        let mut p = q.bmm(&k.transpose(1, 2));
+        kernel::probabilities(&mut p, &part(log_sums), group, first as usize, shape.kv_heads as usize, sight);
+        let _ = p.transpose(1, 2).bmm_out(&part(&d_v), &d_out);
+        let mut d_scores = d_out.bmm(&v.transpose(1, 2));
+        kernel::softmax_backward(&mut d_scores, &p, sight.scale);
+        let _ = d_scores.bmm_out(&part(&d_q), &k);
+        let _ = d_scores.transpose(1, 2).bmm_out(&part(&d_k), &q);
+    }
     let (q_end, kv) = (shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim);
     for (values, first, share) in [(d_q, 0, shape.share()), (d_k, q_end, 1), (d_v, q_end + kv, 1)] {
         let heads = shape.heads((grads, first), share);
-        kernel::unpack(&values.contiguous(), group, heads, grads);
+        kernel::unpack(&values, group, heads, grads);
     }
 }
 

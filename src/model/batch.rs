@@ -4,32 +4,65 @@ use tch::{Device, Tensor};
 
 use super::rope::Rope;
 
-/// Sequences one after the other without padding; attention never crosses from one to the next.
+/// Sequences one after the other; attention never crosses from one to the next.
+///
+/// Behind the last one come a few tokens that belong to nobody, attend to nothing and get no gradient: matrix products then
+/// have one of a few recurring sizes. oneDNN generates code for every size that it meets, keeps it (tens of MB a step where
+/// each step has another size) and likes round ones.
 pub struct Batch {
     /// `[tokens]` i64.
     pub ids: Tensor,
-    /// First token and length of each sequence; they cover all tokens in order.
+    /// First token and length of each sequence, in order.
     pub sequences: Vec<(i64, i64)>,
+    /// Tokens that belong to a sequence.
+    pub filled: i64,
     /// `[tokens, rotary pairs]` f32: positions restart with each sequence.
     pub cos: Tensor,
     pub sin: Tensor,
 }
 
 impl Batch {
-    /// `lengths`: of the sequences, adding up to the number of `ids`.
-    pub fn new(ids: &[i64], lengths: &[usize], rope: &Rope, device: Device) -> Self {
+    /// `lengths`: of the sequences, adding up to the number of `ids`; `multiple`: the number of tokens becomes one of it.
+    pub fn new(ids: &[i64], lengths: &[usize], multiple: usize, rope: &Rope, device: Device) -> Self {
         assert_eq!(ids.len(), lengths.iter().sum::<usize>(), "invariant: the sequences cover all tokens");
-        let mut positions = Vec::with_capacity(ids.len());
+        let total = recurring_size(ids.len()).next_multiple_of(multiple);
+        let mut positions = Vec::with_capacity(total);
         let mut sequences = Vec::with_capacity(lengths.len());
         for &len in lengths {
             sequences.push((positions.len() as i64, len as i64));
             positions.extend(0..len as i64);
         }
+        let mut padded = ids.to_vec();
+        padded.resize(total, 0);
+        positions.resize(total, 0);
         let (cos, sin) = rope.tables(&positions, device);
-        Self { ids: Tensor::from_slice(ids).to_device(device), sequences, cos, sin }
+        Self { ids: Tensor::from_slice(&padded).to_device(device), sequences, filled: ids.len() as i64, cos, sin }
     }
 
     pub fn num_tokens(&self) -> i64 {
         self.ids.size()[0]
+    }
+}
+
+/// `n` rounded up by at most a sixteenth (or to 8), so that numbers near each other become the same.
+pub(super) fn recurring_size(n: usize) -> usize {
+    let step = (n / 32).max(8);
+    // the power of two below: a step of 1/64 to 1/32 of n
+    n.next_multiple_of(1 << step.ilog2())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_grow_little_and_recur() {
+        for n in [1usize, 7, 8, 100, 257, 1057, 8191, 100_000] {
+            let size = recurring_size(n);
+            assert!(size >= n && size - n < (n / 16).max(8), "{n} became {size}");
+        }
+        let distinct: std::collections::BTreeSet<usize> = (900..1200).map(recurring_size).collect();
+        assert!(distinct.len() <= 14, "{distinct:?}");
+        assert_eq!(recurring_size(0), 0);
     }
 }

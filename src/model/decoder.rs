@@ -49,10 +49,15 @@ pub struct Tape {
 }
 
 impl Decoder {
+    /// Packs sequences for this model. `lengths` add up to the number of `tokens`.
+    pub fn batch(&self, tokens: &[i64], lengths: &[usize]) -> Batch {
+        let multiple = if self.sequence_parallel { self.tp.size() } else { 1 };
+        Batch::new(tokens, lengths, multiple, &self.arch.rope, self.device)
+    }
+
     /// The hidden states after the last layer, before the final norm: `[tokens, hidden]` on every rank.
     ///
-    /// All ranks of the tensor-parallel group call it with the same batch. With sequence parallelism the number of tokens
-    /// must divide by the group's size.
+    /// All ranks of the tensor-parallel group call it with the same batch.
     pub fn forward(&self, weights: &Weights, batch: &Batch, keep: Keep) -> (Tensor, Tape) {
         let time = &self.clock;
         let mut x = time.time(Part::Embedding, || self.embed(weights, batch));

@@ -8,18 +8,21 @@ use std::cell::RefCell;
 
 use tch::{Kind, Tensor};
 
+use super::batch::recurring_size;
 use super::decoder::Decoder;
 use super::weights::{Gradients, Weights};
 use crate::dist::Reduce;
 use crate::kernels::{rms_norm, softmax};
 
-/// Rows of the last hidden states on their way through the head.
+/// Rows of the last hidden states on their way through the head, filled up to a recurring size with rows of no weight.
 pub struct Rows {
-    /// `[rows, hidden]`, before the final norm.
+    /// `[filled rows, hidden]`, before the final norm.
     x: Tensor,
     rstd: Tensor,
-    /// `[rows, hidden]`, after the final norm.
-    pub normed: Tensor,
+    /// `[filled rows, hidden]`, after the final norm.
+    normed: Tensor,
+    /// Rows that were asked for.
+    len: i64,
     /// Rows in one chunk.
     chunk: i64,
 }
@@ -28,8 +31,8 @@ pub struct Rows {
 pub struct Scores {
     /// `[rows]` f32: log-probability of the target.
     pub logprob: Tensor,
-    /// `[rows]` f32: log-sum-exp over the whole vocabulary.
-    pub log_sum: Tensor,
+    /// `[filled rows]` f32: log-sum-exp over the whole vocabulary.
+    log_sum: Tensor,
     /// `[rows]` bool: the target has the highest probability (the first, where several are equal).
     pub correct: Tensor,
     /// Targets relative to this rank's vocabulary, -1 where they are elsewhere.
@@ -86,15 +89,19 @@ impl Decoder {
     ///
     /// `positions: [rows]` i64; `logits_bytes`: memory for one chunk of logits on this rank.
     pub fn rows(&self, weights: &Weights, hidden: &Tensor, positions: &Tensor, logits_bytes: f64) -> Rows {
-        let x = hidden.index_select(0, positions);
+        let len = positions.size()[0];
+        let x = hidden.index_select(0, &fill_up(positions));
         let (normed, rstd) = rms_norm::forward(&x, weights.get(self.table.final_norm), self.arch.norm_eps);
-        let row = (self.table.vocab.end - self.table.vocab.start) as f64 * x.kind().elt_size_in_bytes() as f64;
-        Rows { x, rstd, normed, chunk: ((logits_bytes / row) as i64).max(1) }
+        // the largest shard's width: ranks with a smaller one must cut the same chunks, their collectives go together
+        let width = (self.arch.vocab as u64).div_ceil(self.tp.size() as u64);
+        let row = (width * x.kind().elt_size_in_bytes() as u64) as f64;
+        Rows { x, rstd, normed, len, chunk: ((logits_bytes / row) as i64).max(1) }
     }
 
     /// Pass 1 for rows with a target: `targets: [rows]` i64 ids. All ranks of the tensor-parallel group call it.
     pub fn scores(&self, weights: &Weights, rows: &Rows, targets: &Tensor, keep_logits: bool) -> Scores {
         let head = weights.get(self.table.head);
+        let targets = &fill_up(targets);
         let (local, here) = self.local_ids(targets);
         let target = local * here.to_kind(Kind::Int64) - here.logical_not().to_kind(Kind::Int64);
         let mut logits = None;
@@ -102,7 +109,7 @@ impl Decoder {
         for (start, len) in rows.chunks() {
             let z = self.logits.product(&rows.normed.narrow(0, start, len), head);
             parts.push(softmax::statistics(&z.values, &target.narrow(0, start, len)));
-            if keep_logits && len == rows.len() {
+            if keep_logits && len == rows.filled() {
                 logits = Some(z);
             } else {
                 self.logits.give_back(z);
@@ -111,7 +118,14 @@ impl Decoder {
         let total = self.combine(&concatenate(&parts, softmax::STATISTICS, rows));
         let (log_sum, target_logit, best) = (total.select(0, 0), total.select(0, 1), total.select(0, 2));
         let correct = best.to_kind(Kind::Int64).eq_tensor(targets);
-        Scores { logprob: target_logit - &log_sum, log_sum: log_sum.contiguous(), correct, target, logits }
+        let asked = |t: Tensor| t.narrow(0, 0, rows.len);
+        Scores {
+            logprob: asked(target_logit - &log_sum),
+            log_sum: log_sum.contiguous(),
+            correct: asked(correct),
+            target,
+            logits,
+        }
     }
 
     /// Pass 2: given dloss/dlogprob, hands on the head's gradients and gives that of the rows before the final norm.
@@ -127,7 +141,7 @@ impl Decoder {
     ) -> Tensor {
         let head = weights.get(self.table.head);
         // dlogprob/dlogits = one-hot - softmax
-        let weight = -weight.to_kind(Kind::Float).contiguous();
+        let weight = fill_up(&-weight.to_kind(Kind::Float));
         let Scores { log_sum, target, mut logits, .. } = scores;
         let d_normed = rows.chunks().map(|(start, len)| {
             let h = rows.normed.narrow(0, start, len);
@@ -148,7 +162,8 @@ impl Decoder {
     /// All ranks of the tensor-parallel group call it.
     pub fn divergence(&self, weights: &Weights, rows: &Rows, head: &ReferenceHead, reference: &Tensor) -> Divergence {
         let (own, other) = (weights.get(self.table.head), &head.weight);
-        let nowhere = Tensor::full([rows.len()], -1, (Kind::Int64, self.device));
+        let reference = &fill_up(reference);
+        let nowhere = Tensor::full([rows.filled()], -1, (Kind::Int64, self.device));
         let mut kept = None;
         let (mut own_stats, mut other_stats, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
         for (start, len) in rows.chunks() {
@@ -159,7 +174,7 @@ impl Decoder {
             // the second pass over a chunk needs the log-sums of all ranks, so they are gathered chunk by chunk
             let log_sum = self.combine(&other_stats[other_stats.len() - 1]).select(0, 0).contiguous();
             chunks.push((softmax::cross_difference(&z.values, &y.values, &log_sum), log_sum));
-            if len == rows.len() {
+            if len == rows.filled() {
                 kept = Some((z, y));
             } else {
                 self.logits.give_back(z);
@@ -171,7 +186,8 @@ impl Decoder {
         let mut cross = Tensor::cat(&cross, 0);
         let ref_log_sum = Tensor::cat(&ref_log_sum, 0);
         self.tp.all_reduce(&mut cross, Reduce::Sum);
-        Divergence { kl: cross + &log_sum - &ref_log_sum, log_sum, ref_log_sum, logits: kept }
+        let kl = (cross + &log_sum - &ref_log_sum).narrow(0, 0, rows.len);
+        Divergence { kl, log_sum, ref_log_sum, logits: kept }
     }
 
     /// Pass 2 of the divergence: as [`Self::scores_backward`] with `weight` = dloss/dkl.
@@ -187,7 +203,7 @@ impl Decoder {
         sink: &mut dyn Gradients,
     ) -> Tensor {
         let own = weights.get(self.table.head);
-        let weight = weight.to_kind(Kind::Float).contiguous();
+        let (weight, reference) = (fill_up(&weight.to_kind(Kind::Float)), &fill_up(reference));
         let Divergence { log_sum, ref_log_sum, mut logits, .. } = divergence;
         let d_normed = rows.chunks().map(|(start, len)| {
             let h = rows.normed.narrow(0, start, len);
@@ -222,7 +238,7 @@ impl Decoder {
         let norm = weights.get(self.table.final_norm);
         let mut grad = d_normed.zeros_like();
         sink.vector(self.table.final_norm, &rms_norm::backward(&mut grad, &d_normed, &rows.x, norm, &rows.rstd));
-        grad
+        grad.narrow(0, 0, rows.len)
     }
 
     /// Log-sum-exp, target logit and index of the maximum over the whole vocabulary, `[3, rows]` f32, from each rank's
@@ -249,21 +265,44 @@ impl Decoder {
 }
 
 impl Rows {
+    /// Rows that were asked for.
     pub fn len(&self) -> i64 {
-        self.x.size()[0]
+        self.len
     }
 
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
+    }
+
+    /// `[rows, hidden]`, after the final norm.
+    pub fn normed(&self) -> Tensor {
+        self.normed.narrow(0, 0, self.len)
+    }
+
+    fn filled(&self) -> i64 {
+        self.x.size()[0]
     }
 
     /// Start and length of each chunk.
     fn chunks(&self) -> impl Iterator<Item = (i64, i64)> + use<> {
-        let (rows, chunk) = (self.len(), self.chunk);
+        let (rows, chunk) = (self.filled(), self.chunk);
         (0..rows).step_by(chunk as usize).map(move |start| (start, chunk.min(rows - start)))
     }
 }
 
 fn concatenate(parts: &[Tensor], width: i64, rows: &Rows) -> Tensor {
     if parts.is_empty() { Tensor::zeros([0, width], (Kind::Float, rows.x.device())) } else { Tensor::cat(parts, 0) }
+}
+
+/// Appends zeros along dimension 0 up to a recurring size.
+fn fill_up(x: &Tensor) -> Tensor {
+    let rows = x.size()[0];
+    let more = recurring_size(rows as usize) as i64 - rows;
+    let mut shape = x.size();
+    shape[0] = more;
+    if more == 0 {
+        x.contiguous()
+    } else {
+        Tensor::cat(&[x.shallow_clone(), x.new_zeros(shape, (x.kind(), x.device()))], 0)
+    }
 }

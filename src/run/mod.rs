@@ -59,11 +59,8 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let (memory, steps) = (MemoryLine::of(&parameters), total_steps(config, &inputs));
 
     let batches = batches(config, &inputs);
-    let forward = ForwardOptions {
-        budget: config.train.micro_batch_tokens,
-        multiple: batches.multiple,
-        logits_bytes: config.train.logits_mib * 1048576.0,
-    };
+    let forward =
+        ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
     let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, decoder.device);
     let optimizer = Optimizer::new(&config.optimizer, &parameters);
     memory.print(&gradients, &optimizer);
@@ -177,7 +174,6 @@ fn batches<'a>(config: &Config, inputs: &'a Inputs) -> Batches<'a> {
         retain_rows: if divergence { RowsOf::Every } else { RowsOf::Scored },
         count_padding: config.method.compat == Some(config::Compat::OpenUnlearning),
         budget: config.train.micro_batch_tokens,
-        multiple: if config.parallel.sequence_parallel { config.parallel.tp } else { 1 },
     }
 }
 

@@ -13,7 +13,7 @@ use crate::checkpoint::{Reader, Spec, Writer};
 use crate::data::{Dataset, Item, MicroBatch, RowsOf, Stream, pack};
 use crate::dist::World;
 use crate::eval::{self, ForwardOptions};
-use crate::model::{Batch, Decoder, Keep, ReferenceHead, Weights};
+use crate::model::{Decoder, Keep, ReferenceHead, Weights};
 use crate::telemetry::Console;
 use crate::train::Reference;
 
@@ -169,11 +169,11 @@ fn compute_rows(
     // written in ascending order of the samples: whole runs of them go through the model together
     for group in in_order(&items, options.forward.budget) {
         let sample = |item: Item| &retain.samples[item.sample];
-        let micro_batch = MicroBatch::new(&group, sample, |_| RowsOf::Every, options.forward.multiple);
-        let batch = Batch::new(&micro_batch.tokens, &micro_batch.lengths(), &decoder.arch.rope, decoder.device);
+        let micro_batch = MicroBatch::new(&group, sample, |_| RowsOf::Every);
+        let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
         let (hidden, _) = decoder.forward(weights, &batch, Keep::Nothing);
         let positions = Tensor::from_slice(&micro_batch.positions).to_device(decoder.device);
-        let normed = decoder.rows(weights, &hidden, &positions, options.forward.logits_bytes).normed;
+        let normed = decoder.rows(weights, &hidden, &positions, options.forward.logits_bytes).normed();
         let normed = normed.to_device(tch::Device::Cpu);
         let mut sequences: Vec<_> = micro_batch.sequences.iter().collect();
         sequences.sort_by_key(|sequence| sequence.sample);

@@ -17,8 +17,6 @@ pub struct Batches<'a> {
     pub count_padding: bool,
     /// Unit: tokens.
     pub budget: usize,
-    /// Micro-batches are filled up to a multiple of this. Unit: tokens.
-    pub multiple: usize,
 }
 
 /// One step as one rank sees it.
@@ -42,7 +40,7 @@ impl Batches<'_> {
         let (epoch, items) = self.items(step);
         let micro_batches = pack(&own_share(&items, mesh), self.budget)
             .iter()
-            .map(|items| MicroBatch::new(items, |item| self.sample(item), |stream| self.rows(stream), self.multiple))
+            .map(|items| MicroBatch::new(items, |item| self.sample(item), |stream| self.rows(stream)))
             .collect();
         let of = |stream| items.iter().filter(move |item| item.stream == stream);
         let scored = |stream| of(stream).map(|&item| self.sample(item).scored.len()).sum();

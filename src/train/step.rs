@@ -13,7 +13,7 @@ use super::parameters::Parameters;
 use super::schedule::Schedule;
 use crate::data::{MicroBatch, Stream};
 use crate::dist::{Reduce, World};
-use crate::model::{Batch, Decoder, Gradients, Keep, ReferenceHead, Rows};
+use crate::model::{Decoder, Gradients, Keep, ReferenceHead, Rows};
 use crate::telemetry::Part;
 
 /// What is minimised.
@@ -152,7 +152,7 @@ impl Trainer {
     ) -> [f64; 2] {
         let Self { decoder, parameters, gradients, method, options, .. } = self;
         let (weights, device) = (&parameters.weights, decoder.device);
-        let batch = Batch::new(&micro_batch.tokens, &micro_batch.lengths(), &decoder.arch.rope, device);
+        let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
         let (hidden, tape) = decoder.forward(weights, &batch, options.keep);
         let positions = Tensor::from_slice(&micro_batch.positions).to_device(device);
         let mut d_hidden = hidden.zeros_like();

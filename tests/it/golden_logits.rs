@@ -1,7 +1,7 @@
 //! Logits of every family against transformers in f64 (`tests/golden/generate.py`).
 
 use dunlearn::dist::World;
-use dunlearn::model::{Batch, Keep};
+use dunlearn::model::Keep;
 use tch::{Device, Kind, Tensor};
 
 use crate::tiny::{self, Spread};
@@ -33,11 +33,11 @@ const CASES: &[&str] = &[
 fn logits(case: &str, ids: &[i64], lengths: &[usize], kind: Kind) -> Tensor {
     let arch = tiny::architecture(case);
     let (decoder, parameters) = tiny::model(&arch, &World::solo(), Spread::default(), kind, 0);
-    let batch = Batch::new(ids, lengths, &arch.rope, Device::Cpu);
+    let batch = decoder.batch(ids, lengths);
     let (hidden, _) = decoder.forward(&parameters.weights, &batch, Keep::Nothing);
     let all = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu));
     let rows = decoder.rows(&parameters.weights, &hidden, &all, 1e9);
-    rows.normed.matmul(&parameters.weights.get(decoder.table.head).tr()).to_kind(Kind::Float)
+    rows.normed().matmul(&parameters.weights.get(decoder.table.head).tr()).to_kind(Kind::Float)
 }
 
 fn golden(case: &str) -> (Vec<i64>, Tensor) {

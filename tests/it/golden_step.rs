@@ -61,7 +61,7 @@ impl Golden {
         }
         let rows = |stream| if divergence && stream == Stream::Retain { RowsOf::Every } else { RowsOf::Scored };
         let micro_batches =
-            groups.values().map(|items| MicroBatch::new(items, |item| self.sample(item), rows, 1)).collect();
+            groups.values().map(|items| MicroBatch::new(items, |item| self.sample(item), rows)).collect();
         let scored = |samples: &[Sample]| samples.iter().map(|s| s.scored.len()).sum::<usize>();
         let tokens = |samples: &[Sample]| samples.iter().map(|s| s.tokens.len()).sum::<usize>();
         let retain_tokens = if divergence { tokens(&self.retain) } else { scored(&self.retain) };
@@ -89,10 +89,10 @@ impl SeedOne {
         let weights = &parameters.weights;
         let rows = golden.retain.iter().map(|sample| {
             let ids: Vec<i64> = sample.tokens.iter().map(|&id| i64::from(id)).collect();
-            let batch = dunlearn::model::Batch::new(&ids, &[ids.len()], &arch.rope, Device::Cpu);
+            let batch = decoder.batch(&ids, &[ids.len()]);
             let (hidden, _) = decoder.forward(weights, &batch, Keep::Nothing);
             let all = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu));
-            decoder.rows(weights, &hidden, &all, 1e9).normed
+            decoder.rows(weights, &hidden, &all, 1e9).normed()
         });
         let rows = rows.collect();
         let logprobs = (0..golden.forget.len())

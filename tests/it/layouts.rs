@@ -7,7 +7,7 @@ use dunlearn::data::{Dataset, Order, RowsOf, Sample};
 use dunlearn::dist::{Fault, World, run_threads_with};
 use dunlearn::model::init::Stream;
 use dunlearn::model::sharding::{Piece, Table};
-use dunlearn::model::{Architecture, Batch, Keep, ReferenceHead, Rope, Scaling};
+use dunlearn::model::{Architecture, Keep, ReferenceHead, Rope, Scaling};
 use dunlearn::train::{Batches, GradientBuffers, Losses, Optimizer, Reference, Schedule, Trainer, TrainerOptions};
 use dunlearn::unlearn;
 use tch::{Device, Kind, Tensor};
@@ -102,10 +102,10 @@ impl SeedOne {
         let (decoder, parameters) = tiny::model(arch, world, Spread::default(), Kind::Float, 1);
         let rows = retain.samples.iter().map(|sample| {
             let ids: Vec<i64> = sample.tokens.iter().map(|&id| i64::from(id)).collect();
-            let batch = Batch::new(&ids, &[ids.len()], &arch.rope, Device::Cpu);
+            let batch = decoder.batch(&ids, &[ids.len()]);
             let (hidden, _) = decoder.forward(&parameters.weights, &batch, Keep::Nothing);
             let all = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu));
-            decoder.rows(&parameters.weights, &hidden, &all, 1e9).normed
+            decoder.rows(&parameters.weights, &hidden, &all, 1e9).normed()
         });
         let rows = rows.collect();
         let logprobs = forget.samples.iter().map(|s| s.scored.iter().map(|&t| -3.0 - 0.05 * t as f32).collect());
@@ -212,7 +212,6 @@ fn rank(
         retain_rows: if divergence { RowsOf::Every } else { RowsOf::Scored },
         count_padding: false,
         budget: layout.budget,
-        multiple: if sequence_parallel { layout.tp } else { 1 },
     };
     // gradients of the first step, before anything moves
     trainer.accumulate(&batches.step(0, world.mesh), Some(&reference), world);
