@@ -8,6 +8,7 @@ Prints a table in Markdown: medians over the rounds, and the ratio of each pair.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -25,8 +26,8 @@ threads = {threads}
 [model]
 path = "{dir}/model"
 [data]
-forget = {{ path = "{forget}", kind = "qa", limit = {rows} }}
-retain = {{ path = "{retain}", kind = "qa", limit = {rows} }}
+forget = {{ path = "{forget}", kind = "qa" }}
+retain = {{ path = "{retain}", kind = "qa" }}
 template = {{ prompt = "Question: {{question}}\\nAnswer:", answer = " {{answer}}" }}
 shuffle = false
 [method]
@@ -53,6 +54,9 @@ def main():
         model = f"{folder}/model"
         make = [sys.executable, ROOT / "benches/peer/make_model.py", "--data", args.forget, args.retain, "--out", model]
         subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+        rows = args.rows or args.steps * args.batch
+        args.forget = head(args.forget, rows, f"{folder}/forget.jsonl")
+        args.retain = head(args.retain, rows, f"{folder}/retain.jsonl")
         print(f"{args.rounds} rounds in turn, {args.steps} steps each, {args.threads} threads, {processor()}\n")
         print("| precision | | s/step | real tokens/s | peak MiB | start to end of step 1, s | loss at step 1 and last |")
         print("|---|---|---|---|---|---|---|")
@@ -78,9 +82,16 @@ def arguments():
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=22)
     add("--batch", type=int, default=8, help="forget rows a step, with as many retain rows")
-    add("--tokens", type=int, default=1024, help="dunlearn's micro_batch_tokens")
+    add("--rows", type=int, help="rows of each file (default: as many as the steps need, so that each step has rows of its own)")
+    add("--tokens", type=int, default=512, help="dunlearn's micro_batch_tokens")
     add("--threads", type=int, default=2)
     return parser.parse_args()
+
+
+def head(path, rows, target):
+    with open(path, encoding="utf-8") as lines:
+        pathlib.Path(target).write_text("".join(itertools.islice(lines, rows)), encoding="utf-8")
+    return target
 
 
 def peer(args, folder, precision):
@@ -100,7 +111,7 @@ def peer(args, folder, precision):
 
 
 def ours(args, folder, precision):
-    values = {**vars(args), "dir": folder, "precision": precision, "rows": args.steps * args.batch}
+    values = {**vars(args), "dir": folder, "precision": precision}
     path = pathlib.Path(folder) / "run.toml"
     path.write_text(CONFIG.format(**values))
     subprocess.run([args.binary, "--config", path, "--overwrite", "--progress", "none"], check=True, capture_output=True)

@@ -138,16 +138,19 @@ impl Comm {
         })
     }
 
-    /// Starts the sum over all ranks of `input` (`size` equal parts in a row); part `rank` arrives in `output`.
-    pub fn reduce_scatter(&self, input: Tensor, output: Tensor) -> Request {
+    /// Starts the exchange of parts: `input` has one part for each rank, `output` gets this rank's part from each, in rank
+    /// order; any kind of element.
+    pub fn all_to_all(&self, input: Tensor, output: Tensor) -> Request {
         assert!(
-            input.numel() == output.numel() * self.size && input.kind() == output.kind(),
-            "invariant: the input is one output for each rank"
+            input.numel() == output.numel() && input.numel().is_multiple_of(self.size) && input.kind() == output.kind(),
+            "invariant: both sides hold one part for each rank"
         );
-        let (from, to, count, kind) = (address(&input), address(&output), count(output.numel()), datatype(&input));
-        // SAFETY: as in `all_reduce`, with `count` elements for each rank in `input`.
+        let (from, to) = (address(&input), address(&output));
+        let (all, kind) = words(&input);
+        let count = all / self.size as c_int;
+        // SAFETY: as in `all_reduce`, with `count` words for and from each rank.
         self.start(input, output, |request| unsafe {
-            ffi::MPI_Ireduce_scatter_block(from, to, count, kind, raw_op(Op::Sum), self.raw, request)
+            ffi::MPI_Ialltoall(from, count, kind, to, count, kind, self.raw, request)
         })
     }
 

@@ -29,6 +29,8 @@ pub struct StepBench {
     pub recompute: config::Recompute,
     pub sequence_parallel: bool,
     pub zero: bool,
+    /// Unit: MiB of f32 gradients.
+    pub bucket_mib: f64,
     /// Forget samples of a step; as many retain samples come along.
     pub samples: usize,
     /// Mean length of a sample; they vary by a half up and down. Unit: tokens.
@@ -185,7 +187,7 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
     let sequence_parallel = bench.sequence_parallel;
     let table = Table::new(&bench.arch, mesh.tp, mesh.tp_rank(), sequence_parallel)?;
     let (owners, owner) = if bench.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
-    let layout = Layout::new(&table, 40 << 20, owners, owner);
+    let layout = Layout::new(&table, (bench.bucket_mib * 1048576.0 / 4.0) as usize, owners, owner);
     let source = |id: usize, piece: &_| Ok::<Tensor, Infallible>(init::initial(&table.params[id], piece, 0, 0.02));
     let Ok(parameters) = Parameters::new(&table, layout, kind, Device::Cpu, source);
     let optimizer = config::Optimizer {

@@ -143,6 +143,9 @@ pub(super) struct StepBenchOptions {
     /// Keep whole optimizer states on every data-parallel rank
     #[arg(long)]
     pub(super) no_zero: bool,
+    /// Gradients summed at once over the data-parallel ranks, as parallel.bucket_mib
+    #[arg(long, default_value_t = 32.0)]
+    pub(super) bucket_mib: f64,
     /// Threads of one rank; 0 means cores / ranks on the host
     #[arg(long, default_value_t = 0)]
     pub(super) threads: usize,

@@ -23,6 +23,7 @@ fn step_on(ranks: &Ranks, options: &StepBenchOptions, launched: &Launched) -> an
         recompute: if options.recompute { Recompute::HalfBlock } else { Recompute::None },
         sequence_parallel: options.sequence_parallel,
         zero: !options.no_zero,
+        bucket_mib: options.bucket_mib,
         samples: options.samples,
         length: options.length,
         scored: options.scored,

@@ -1,6 +1,7 @@
 //! How a process ends when something is wrong: one message with its rank, and the whole job with it.
 
 use std::io::Write;
+use std::os::unix::process::parent_id;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -8,6 +9,8 @@ use std::time::Duration;
 const EXIT_PANIC: i32 = 101;
 /// Exit code after a collective outlasted its deadline.
 const EXIT_TIMEOUT: i32 = 102;
+/// Exit code after the launcher has died.
+const EXIT_ORPHAN: i32 = 103;
 
 /// Ends this process, and with it all ranks, because of an error that all of them, or this one alone, have found.
 pub(super) fn end_job(rank: usize, message: &str) -> ! {
@@ -45,6 +48,21 @@ pub(super) fn on_panic_end_the_job(rank: usize) {
 pub(super) fn on_timeout(rank: usize, message: &str) {
     say_now(rank, message);
     std::process::exit(EXIT_TIMEOUT);
+}
+
+/// Ends this process when the launcher that started it is gone.
+///
+/// A launcher that is killed outright takes no rank with it: each would wait for messages that nobody forwards any more, and
+/// keep its cores and its memory.
+pub(super) fn with_the_launcher(rank: usize) {
+    let launcher = parent_id();
+    std::thread::spawn(move || {
+        while parent_id() == launcher {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        say_now(rank, &format!("the launcher (process {launcher}) is gone"));
+        std::process::exit(EXIT_ORPHAN);
+    });
 }
 
 /// Rank 0 speaks at once; the others give it time to speak for all, because most errors are found by all ranks alike.

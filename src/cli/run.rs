@@ -71,6 +71,7 @@ impl Ranks {
         if !launched.by_mpi {
             return Ok(Self::Solo);
         }
+        ending::with_the_launcher(launched.rank);
         #[cfg(feature = "mpi")]
         return Ok(Self::Mpi(crate::abi::mpi::initialise().context("MPI was initialised before")?));
         #[cfg(not(feature = "mpi"))]

@@ -101,7 +101,7 @@ pub struct Parallel {
 
 impl Default for Parallel {
     fn default() -> Self {
-        Self { tp: 1, dp: Dp::Auto, sequence_parallel: false, zero: true, bucket_mib: 160.0 }
+        Self { tp: 1, dp: Dp::Auto, sequence_parallel: false, zero: true, bucket_mib: 32.0 }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The elementwise chains between matrix products, each as one pass over memory on the CPU.
 //!
-//! Every kernel has a plain-tensor form in its own tests and for other devices. Arithmetic is f32, whatever the storage;
+//! Every kernel is compared with its plain-tensor form in its own tests. Arithmetic is f32, whatever the storage;
 //! results do not depend on the number of threads.
 
 pub mod attention;

@@ -3,6 +3,7 @@
 //!
 //! Sums everywhere, never averages: the denominators are in the losses.
 
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
@@ -28,8 +29,13 @@ pub struct GradientBuffers {
     sharded: bool,
     /// Backward of the last micro-batch is running: complete buckets are summed.
     last: bool,
-    started: Vec<Pending>,
+    /// Sums that have ended, then those under way, in the order of the buckets.
+    summed: Vec<Tensor>,
+    under_way: VecDeque<Pending>,
 }
+
+/// Sums under way at once; a transport may hold a copy of each bucket.
+const MAX_UNDER_WAY: usize = 2;
 
 /// The summed gradients of this rank's own part of each bucket.
 pub struct Reduced {
@@ -52,7 +58,8 @@ impl GradientBuffers {
             dp: Rc::clone(dp),
             sharded: layout.buckets.iter().any(|bucket| bucket.own.len() < bucket.len),
             last: false,
-            started: Vec::new(),
+            summed: Vec::new(),
+            under_way: VecDeque::new(),
         }
     }
 
@@ -60,7 +67,7 @@ impl GradientBuffers {
     pub fn begin(&mut self) {
         self.touched.fill(false);
         self.last = false;
-        assert!(self.started.is_empty(), "invariant: the previous step was finished");
+        assert!(self.num_started() == 0, "invariant: the previous step was finished");
     }
 
     /// Says that the next backward is the last one of the step.
@@ -72,7 +79,7 @@ impl GradientBuffers {
     /// other collective: ranks without work come here at once.
     pub fn start_all(&mut self) {
         self.last = true;
-        while self.started.len() < self.layout.buckets.len() {
+        while self.num_started() < self.layout.buckets.len() {
             self.start_next();
         }
     }
@@ -80,7 +87,8 @@ impl GradientBuffers {
     /// Waits for all sums. All ranks call it once a step.
     pub fn finish(&mut self) -> Reduced {
         self.start_all();
-        let own: Vec<Tensor> = std::mem::take(&mut self.started).into_iter().map(Pending::wait).collect();
+        let mut own = std::mem::take(&mut self.summed);
+        own.extend(self.under_way.drain(..).map(Pending::wait));
         let norm = self.norm(&own);
         Reduced { own, norm }
     }
@@ -106,7 +114,11 @@ impl GradientBuffers {
 
     /// Finishes the sums over TP of the next bucket and starts its sum over DP.
     fn start_next(&mut self) {
-        let index = self.started.len();
+        let index = self.num_started();
+        if self.under_way.len() == MAX_UNDER_WAY {
+            // every rank waits here for the same bucket, after having started it
+            self.summed.extend(self.under_way.pop_front().map(Pending::wait));
+        }
         let bucket = &self.layout.buckets[index];
         for (id, _) in &bucket.params {
             if !self.touched[*id] {
@@ -127,7 +139,11 @@ impl GradientBuffers {
             self.dp.all_reduce(&mut sum, Reduce::Sum);
             Pending::done(sum)
         };
-        self.started.push(pending);
+        self.under_way.push_back(pending);
+    }
+
+    fn num_started(&self) -> usize {
+        self.summed.len() + self.under_way.len()
     }
 
     /// Sum of squares over what each rank owns; what is the same on all tensor-parallel ranks is counted by the first.
@@ -189,7 +205,7 @@ impl Gradients for GradientBuffers {
         if !self.last {
             return;
         }
-        while self.layout.buckets.get(self.started.len()).is_some_and(|bucket| bucket.last_unit >= unit) {
+        while self.layout.buckets.get(self.num_started()).is_some_and(|bucket| bucket.last_unit >= unit) {
             self.start_next();
         }
     }

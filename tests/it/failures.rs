@@ -1,6 +1,9 @@
 //! What a user sees when something is wrong: one message that says where, on any rank, and an end within seconds.
 
-use crate::program::{Workshop, dunlearn, mpirun};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use crate::program::{self, Workshop, dunlearn, mpirun};
 
 const RUN: &str = r#"
 [run]
@@ -57,6 +60,34 @@ fn one_failing_rank_ends_all() {
         assert!(done.text.contains(message), "{fault}: {}", done.text);
         assert!(done.seconds < 14.0, "{fault}: {:.1} s, of which up to 4 are the run's own", done.seconds);
         assert!(!workshop.path("run/summary.json").exists(), "{fault}: a failed run looks finished");
+    }
+}
+
+/// Ranks whose launcher was killed outright do not stay behind.
+#[test]
+fn ranks_end_with_their_launcher() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    let arguments = ["--config", &config, "--fault", "hang@step:1", "--set", "run.timeout=600"];
+    let mut launcher = program::mpirun_command(2, &arguments).stderr(Stdio::null()).spawn().unwrap();
+    within(60, "both ranks at work", || ranks_of(&config).len() == 2 && workshop.path("run/metrics.jsonl").exists());
+    launcher.kill().unwrap();
+    launcher.wait().unwrap();
+    within(10, "no rank left", || ranks_of(&config).is_empty());
+}
+
+/// Processes of the binary that run this configuration.
+fn ranks_of(config: &str) -> Vec<String> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|process| std::fs::read_to_string(process.path().join("cmdline")).ok());
+    lines.filter(|line| line.starts_with(env!("CARGO_BIN_EXE_dunlearn")) && line.contains(config)).collect()
+}
+
+fn within(seconds: u64, what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(seconds), "not within {seconds} s: {what}");
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 

@@ -8,4 +8,5 @@ mod golden_step;
 mod layouts;
 mod program;
 mod runs;
+mod structure;
 mod tiny;

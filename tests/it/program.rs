@@ -75,9 +75,14 @@ pub fn dunlearn(arguments: &[&str]) -> Finished {
 
 /// Runs the binary on `ranks` ranks through the repository's own mpirun script.
 pub fn mpirun(ranks: usize, arguments: &[&str]) -> Finished {
+    finish(&mut mpirun_command(ranks, arguments))
+}
+
+pub fn mpirun_command(ranks: usize, arguments: &[&str]) -> Command {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/mpirun");
-    let ranks = ranks.to_string();
-    finish(Command::new(script).args(["-n", &ranks, env!("CARGO_BIN_EXE_dunlearn")]).args(arguments))
+    let mut command = Command::new(script);
+    command.args(["-n", &ranks.to_string(), env!("CARGO_BIN_EXE_dunlearn")]).args(arguments);
+    command
 }
 
 fn finish(command: &mut Command) -> Finished {
