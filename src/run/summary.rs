@@ -145,7 +145,7 @@ impl Summary {
                 rows.push(vec![format!("{name}: {metric}"), cell(&set.before), cell(&set.after)]);
             }
         }
-        let numbers = table(&["", "before", "after"], &rows);
+        let numbers = if rows.is_empty() { String::new() } else { table(&["", "before", "after"], &rows) };
         let Self { steps, training_seconds, tokens_per_s, peak_rss_bytes, .. } = self;
         tracing::info!(
             "\n{numbers}\n{steps} steps in {training_seconds:.1} s, {tokens_per_s:.0} tokens/s, peak memory {:.0} MiB a rank\n{}",
