@@ -14,15 +14,6 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Gives freed memory back to the system, for the moment after a phase that needed much more than the next one.
-pub fn release_freed_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: malloc_trim has no preconditions.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 /// Largest resident set of this process so far, in bytes.
 pub fn peak_resident_bytes() -> u64 {
     // SAFETY: rusage is plain old data and is filled by the call.
@@ -31,6 +22,19 @@ pub fn peak_resident_bytes() -> u64 {
         libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
         usage.ru_maxrss as u64 * 1024
     }
+}
+
+/// The cores that this process may run on; empty where the system does not say (or has more than 1024).
+pub fn allowed_cores() -> Vec<usize> {
+    #[cfg(target_os = "linux")]
+    // SAFETY: the set is plain old data of the size that is passed, and is read only after the call filled it.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut set) == 0 {
+            return (0..libc::CPU_SETSIZE as usize).filter(|&core| libc::CPU_ISSET(core, &set)).collect();
+        }
+    }
+    Vec::new()
 }
 
 /// Whether standard error is a terminal.

@@ -70,6 +70,14 @@ pub fn library_version() -> String {
 }
 
 impl Environment {
+    /// Ranks of the job.
+    pub fn size(&self) -> usize {
+        let mut size = 0;
+        // SAFETY: the universe in self proves that MPI is up; one out parameter.
+        unsafe { ffi::MPI_Comm_size(ffi::RSMPI_COMM_WORLD, &raw mut size) };
+        size as usize
+    }
+
     /// All ranks of the job. Collective.
     pub fn world(&self) -> Comm {
         // SAFETY: the universe in self proves that MPI is up; the copy is ours alone.
@@ -113,17 +121,6 @@ impl Comm {
         // SAFETY: valid communicator; every rank of it calls.
         unsafe {
             ffi::MPI_Comm_split(self.raw, colour as c_int, self.rank as c_int, &raw mut raw);
-            Self::new(raw)
-        }
-    }
-
-    /// The ranks that share this host's memory. Collective.
-    pub fn split_host(&self) -> Self {
-        let mut raw = self.raw;
-        // SAFETY: valid communicator; every rank of it calls.
-        unsafe {
-            let kind = ffi::RSMPI_COMM_TYPE_SHARED;
-            ffi::MPI_Comm_split_type(self.raw, kind, self.rank as c_int, ffi::RSMPI_INFO_NULL, &raw mut raw);
             Self::new(raw)
         }
     }

@@ -87,11 +87,9 @@ pub fn export(
             write_index(&partial, &outgoing, &written)?;
         }
         copy_companions(options, &partial)?;
-        let write = |source| CheckpointError::Write { path: options.target.to_owned(), source };
-        if options.target.exists() {
-            std::fs::remove_dir_all(options.target).map_err(write)?;
-        }
-        std::fs::rename(&partial, options.target).map_err(write)?;
+        // fails on a folder that is there and not empty: what stood there before the run was cleared at its start
+        std::fs::rename(&partial, options.target)
+            .map_err(|source| CheckpointError::Write { path: options.target.to_owned(), source })?;
     }
     world.world.barrier();
     Ok(())
@@ -188,12 +186,14 @@ fn copy_companions(options: &ExportOptions, target: &Path) -> Result<(), Checkpo
     for entry in std::fs::read_dir(options.source).map_err(|e| read(options.source, e))? {
         let path = entry.map_err(|e| read(options.source, e))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if path.is_file() && is_companion(&name) {
+        if path.is_file() && is_companion(&name) && name != "config.json" {
             let to = target.join(&name);
-            std::fs::copy(&path, &to).map_err(|source| CheckpointError::Write { path: to, source })?;
+            // the bytes without the permissions: a read-only source makes no read-only model
+            let bytes = std::fs::read(&path).map_err(|e| read(&path, e))?;
+            std::fs::write(&to, bytes).map_err(|source| CheckpointError::Write { path: to, source })?;
         }
     }
-    let path = target.join("config.json");
+    let path = options.source.join("config.json");
     let text = std::fs::read_to_string(&path).map_err(|e| read(&path, e))?;
     let mut config: Map<String, Value> = serde_json::from_str(&text)
         .map_err(|error| CheckpointError::Malformed { path: path.clone(), reason: error.to_string() })?;
@@ -205,6 +205,7 @@ fn copy_companions(options: &ExportOptions, target: &Path) -> Result<(), Checkpo
     let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
     config.insert(key.to_owned(), Value::from(word));
     let text = serde_json::to_string_pretty(&config).expect("invariant: a map is JSON");
+    let path = target.join("config.json");
     std::fs::write(&path, text + "\n").map_err(|source| CheckpointError::Write { path, source })
 }
 

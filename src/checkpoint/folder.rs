@@ -47,7 +47,8 @@ impl Folder {
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let mut folder = Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new() };
         let index = path.join("model.safetensors.index.json");
-        if index.exists() {
+        // as transformers: a single file goes before an index that may be left over from another save
+        if index.exists() && !path.join("model.safetensors").exists() {
             let weight_map = read_index(&index)?;
             for name in weight_map.values().collect::<std::collections::BTreeSet<_>>() {
                 folder.add(&path.join(name))?;

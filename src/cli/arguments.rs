@@ -56,7 +56,8 @@ pub(super) struct RunOptions {
     /// Replace a finished run in the same run folder
     #[arg(long)]
     pub(super) overwrite: bool,
-    /// Progress bars, plain lines, or nothing
+    /// Progress bars, plain lines, or nothing; auto: bars on a terminal, or where DUNLEARN_PROGRESS=bar is set (mpirun hides
+    /// the terminal; launch/mpirun sets it)
     #[arg(long, value_enum, default_value_t = ProgressChoice::Auto)]
     pub(super) progress: ProgressChoice,
     /// Log lines for people or for machines

@@ -3,14 +3,23 @@
 use std::io::Write;
 use std::os::unix::process::parent_id;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Exit code after a panic.
 const EXIT_PANIC: i32 = 101;
 /// Exit code after a collective outlasted its deadline.
+#[cfg(feature = "mpi")]
 const EXIT_TIMEOUT: i32 = 102;
 /// Exit code after the launcher has died.
 const EXIT_ORPHAN: i32 = 103;
+
+static JSON: AtomicBool = AtomicBool::new(false);
+
+/// From here on the last message is a JSON object as the log lines are.
+pub(super) fn speak_json() {
+    JSON.store(true, Ordering::Relaxed);
+}
 
 /// Ends this process, and with it all ranks, because of an error that all of them, or this one alone, have found.
 pub(super) fn end_job(rank: usize, message: &str) -> ! {
@@ -45,6 +54,7 @@ pub(super) fn on_panic_end_the_job(rank: usize) {
 }
 
 /// What the watchdog does when a deadline has passed; it runs on its own thread and must not call MPI.
+#[cfg(feature = "mpi")]
 pub(super) fn on_timeout(rank: usize, message: &str) {
     say_now(rank, message);
     std::process::exit(EXIT_TIMEOUT);
@@ -76,10 +86,16 @@ fn say(rank: usize, message: &str) {
 fn say_now(rank: usize, message: &str) {
     // the rank's log file keeps it too
     tracing::debug!("ended: {message}");
-    let who = if rank == 0 { String::new() } else { format!(" on rank {rank}") };
+    let line = if JSON.load(Ordering::Relaxed) {
+        serde_json::json!({ "level": "ERROR", "rank": rank, "message": message }).to_string()
+    } else if rank == 0 {
+        format!("error: {message}")
+    } else {
+        format!("error on rank {rank}: {message}")
+    };
     let mut err = std::io::stderr().lock();
     // in one piece: launchers forward pieces of several ranks in any order
-    let _ = err.write_all(format!("error{who}: {message}\n").as_bytes());
+    let _ = err.write_all((line + "\n").as_bytes());
     let _ = err.flush();
 }
 

@@ -38,6 +38,13 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { EXIT_REFUSED } else { 0 });
         }
     };
+    let run = match &arguments.verb {
+        Some(Verb::Run(run)) => run,
+        _ => &arguments.run,
+    };
+    if run.log_format == arguments::LogChoice::Json {
+        ending::speak_json();
+    }
     let result = match arguments.verb {
         None => run::run(&arguments.run, &launched, started),
         Some(Verb::Run(run)) => run::run(&run, &launched, started),

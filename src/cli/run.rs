@@ -9,7 +9,9 @@ use super::ending;
 use super::launch::Launched;
 use crate::abi::host;
 use crate::config::{self, Device, Dp};
-use crate::dist::{Mesh, Watchdog, World};
+#[cfg(feature = "mpi")]
+use crate::dist::Watchdog;
+use crate::dist::{Mesh, World};
 use crate::run::{self, Context};
 use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
 
@@ -41,11 +43,11 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     };
     let world = ranks.world(config.parallel.tp, dp, Duration::from_secs(config.run.timeout), launched)?;
     set_threads(config.run.threads, &world)?;
-    let console = Console::new(progress_mode(options.progress, launched.rank));
     let format = match options.log_format {
         LogChoice::Text => LogFormat::Text,
         LogChoice::Json => LogFormat::Json,
     };
+    let console = Console::new(progress_mode(options.progress, launched.rank, format));
     let log = start_log(world.mesh.rank, world.mesh.world(), format, &console);
     let (overwrite, fault, mpi_version) = (options.overwrite, options.fault, ranks.version());
     let context = Context { world, console, log, started, overwrite, mpi_version, fault };
@@ -73,7 +75,19 @@ impl Ranks {
         }
         ending::with_the_launcher(launched.rank);
         #[cfg(feature = "mpi")]
-        return Ok(Self::Mpi(crate::abi::mpi::initialise().context("MPI was initialised before")?));
+        {
+            let environment = crate::abi::mpi::initialise().context("MPI was initialised before")?;
+            let size = environment.size();
+            if size == 1 && launched.world > 1 {
+                bail!(
+                    "the launcher started {} processes, but in {} each of them is alone: start dunlearn with that library's own mpirun, with \
+                     `srun --mpi=pmix`, or build it with the launcher's MPICC",
+                    launched.world,
+                    crate::abi::mpi::library_version()
+                );
+            }
+            Ok(Self::Mpi(environment))
+        }
         #[cfg(not(feature = "mpi"))]
         if launched.world == 1 {
             Ok(Self::Solo)
@@ -90,6 +104,8 @@ impl Ranks {
         timeout: Duration,
         launched: &Launched,
     ) -> anyhow::Result<World> {
+        #[cfg(not(feature = "mpi"))]
+        let _ = (timeout, launched);
         match self {
             Self::Solo => {
                 Mesh::new(0, 1, tp, dp)?;
@@ -114,23 +130,61 @@ impl Ranks {
     }
 }
 
-fn progress_mode(choice: ProgressChoice, rank: usize) -> ProgressMode {
+/// Under mpirun standard error is a pipe, whatever lies behind it: `DUNLEARN_PROGRESS=bar` says that it is a terminal.
+fn progress_mode(choice: ProgressChoice, rank: usize, format: LogFormat) -> ProgressMode {
+    let terminal =
+        || host::stderr_is_terminal() || std::env::var("DUNLEARN_PROGRESS").is_ok_and(|choice| choice == "bar");
     match choice {
         _ if rank > 0 => ProgressMode::Silent,
-        ProgressChoice::Auto if host::stderr_is_terminal() => ProgressMode::Bar,
-        ProgressChoice::Bar => ProgressMode::Bar,
-        ProgressChoice::Auto | ProgressChoice::Plain => ProgressMode::Plain,
         ProgressChoice::None => ProgressMode::Silent,
+        _ if format == LogFormat::Json => ProgressMode::Events,
+        ProgressChoice::Bar => ProgressMode::Bar,
+        ProgressChoice::Auto if terminal() => ProgressMode::Bar,
+        ProgressChoice::Auto | ProgressChoice::Plain => ProgressMode::Plain,
     }
 }
 
-/// Threads of this rank; 0: an even share of the host's cores.
+/// Threads of this rank; 0: what `OMP_NUM_THREADS` says, or else this rank's fair share of the cores that the launcher left to
+/// it. All ranks call it.
 pub(super) fn set_threads(threads: usize, world: &World) -> anyhow::Result<()> {
-    let threads = if threads == 0 { (num_cores() / world.local_size).max(1) } else { threads };
+    let asked = std::env::var("OMP_NUM_THREADS").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let mine = host::allowed_cores();
+    let name = sysinfo::System::host_name().unwrap_or_default();
+    let words: Vec<String> = mine.iter().map(usize::to_string).collect();
+    let all = world.world.gather_bytes(format!("{name}\n{}", words.join(" ")).as_bytes());
+    let neighbours = all.iter().filter_map(|bytes| {
+        let (host, cores) = std::str::from_utf8(bytes).ok()?.split_once('\n')?;
+        (host == name).then(|| cores.split(' ').filter_map(|core| core.parse().ok()).collect())
+    });
+    let fair = share(&mine, &neighbours.collect::<Vec<_>>());
+    let threads = [threads, asked, fair].into_iter().find(|&n| n > 0).unwrap_or(1);
     tch::set_num_threads(i32::try_from(threads)?);
     Ok(())
 }
 
-fn num_cores() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+/// Cores of `mine`, each divided by the ranks of the host that may run on it; 1 where nothing is known.
+fn share(mine: &[usize], host: &[Vec<usize>]) -> usize {
+    let part = |core: &usize| 1.0 / host.iter().filter(|cores| cores.contains(core)).count().max(1) as f64;
+    // a sum of thirds may fall short of a whole by a rounding
+    ((mine.iter().map(part).sum::<f64>() + 1e-9) as usize).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share;
+
+    #[test]
+    fn cores_are_shared_among_the_ranks_that_see_them() {
+        let cores = |range: std::ops::Range<usize>| range.collect::<Vec<_>>();
+        // unbound: all ranks see all cores
+        assert_eq!(share(&cores(0..16), &vec![cores(0..16); 4]), 4);
+        assert_eq!(share(&cores(0..2), &vec![cores(0..2); 16]), 1);
+        // bound by the launcher: each rank has its own
+        let bound: Vec<_> = (0..4).map(|rank| cores(rank * 8..rank * 8 + 8)).collect();
+        assert_eq!(share(&bound[1], &bound), 8);
+        // two NUMA nodes with two ranks each
+        let nodes = [cores(0..6), cores(0..6), cores(6..12), cores(6..12)];
+        assert_eq!(share(&nodes[3], &nodes), 3);
+        assert_eq!(share(&[], &[]), 1);
+    }
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::defaults::fill;
 use super::schema::Config;
 use super::validate::validate;
 
@@ -39,7 +40,7 @@ pub fn from_str(text: &str, name: &str, overrides: &[String]) -> Result<Config, 
     let mut table: toml::Table = toml::from_str(text).map_err(|error| parse_error(&error, text, name))?;
     // Without overrides the text itself is parsed: its errors have a line and a column. The table is the fallback where
     // an override supplies what the file lacks.
-    let config = if overrides.is_empty() {
+    let mut config: Config = if overrides.is_empty() {
         toml::from_str(text).map_err(|error| parse_error(&error, text, name))?
     } else {
         for item in overrides {
@@ -55,6 +56,7 @@ pub fn from_str(text: &str, name: &str, overrides: &[String]) -> Result<Config, 
         })?
     };
     validate(&config)?;
+    fill(&mut config);
     Ok(config)
 }
 

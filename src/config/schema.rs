@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::data::{Source, Template, TemplateName};
+use super::data::{Source, Template};
 
 /// Everything about one run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -42,7 +42,7 @@ pub struct Run {
     /// `auto` or `cpu`.
     #[serde(default)]
     pub device: Device,
-    /// CPU threads of one rank; 0 means the host's cores divided by the ranks on the host. Unit: threads.
+    /// CPU threads of one rank; 0 means `OMP_NUM_THREADS`, or else a fair share of the cores that the launcher left to it. Unit: threads.
     #[serde(default)]
     pub threads: usize,
     /// Deadline of one collective while training; a longer wait ends the whole job. Unit: seconds.
@@ -125,9 +125,9 @@ pub struct Data {
     /// Samples to train on; only for `objective = "finetune"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<Source>,
-    /// `"chat"` or `{ prompt, answer }`; only `qa` and `chat` samples use it.
-    #[serde(default = "default_template")]
-    pub template: Template,
+    /// `"chat"` or `{ prompt, answer }`; only `qa` and `chat` samples use it. Default `"chat"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<Template>,
     /// System message put before the question when the chat template is used with `qa` samples.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<String>,
@@ -139,8 +139,12 @@ pub struct Data {
     pub shuffle: bool,
 }
 
-fn default_template() -> Template {
-    Template::Named(TemplateName::Chat)
+impl Data {
+    /// The sources that are given, by their keys.
+    pub fn sources(&self) -> impl Iterator<Item = (&'static str, &Source)> {
+        let keys = [("data.forget", &self.forget), ("data.retain", &self.retain), ("data.train", &self.train)];
+        keys.into_iter().filter_map(|(key, source)| Some((key, source.as_ref()?)))
+    }
 }
 
 fn default_max_length() -> usize {
@@ -169,7 +173,7 @@ pub struct Method {
     /// Factor of the retain term. Default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retain_weight: Option<f64>,
-    /// `openunlearning` divides the KL term by rows x longest row, padding counted in, as that framework does.
+    /// `openunlearning` divides the KL term by rows x longest row, padding counted in, as that framework does (docs/methods.md).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compat: Option<Compat>,
 }

@@ -1,7 +1,8 @@
 //! Refusals that the types cannot express: values out of range, keys without effect, keys that a method needs.
 
+use super::data::Kind;
 use super::load::ConfigError;
-use super::schema::{Compat, Config, Dp, Objective, OptimizerName, Retain};
+use super::schema::{Compat, Config, Dp, Eval, Export, Method, Objective, Optimizer, OptimizerName, Retain};
 
 /// Checks what one key says against what the others say.
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
@@ -19,13 +20,21 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         return no_effect("parallel.sequence_parallel", "with parallel.tp = 1", "set parallel.tp or remove it");
     }
     positive("run.timeout", config.run.timeout as f64)?;
-    positive("export.max_shard_mib", config.export.max_shard_mib)
+    let Export { model, dtype, max_shard_mib } = config.export;
+    if !model && (dtype, max_shard_mib) != (Export::default().dtype, Export::default().max_shard_mib) {
+        return no_effect("export.dtype or export.max_shard_mib", "with export.model = false", "remove it");
+    }
+    let Eval { before, after, every, max_samples } = config.eval;
+    if !(before || after || every > 0) && max_samples != Eval::default().max_samples {
+        return no_effect("eval.max_samples", "without an evaluation", "remove it or set eval.after = true");
+    }
+    positive("export.max_shard_mib", max_shard_mib)
 }
 
 fn method(config: &Config) -> Result<(), ConfigError> {
     let method = &config.method;
     if method.objective == Objective::Npo {
-        positive("method.beta", method.beta.unwrap_or(0.1))?;
+        positive("method.beta", method.beta.unwrap_or(Method::BETA))?;
     } else if method.beta.is_some() {
         return no_effect("method.beta", "unless method.objective = \"npo\"", "remove it");
     }
@@ -40,8 +49,8 @@ fn method(config: &Config) -> Result<(), ConfigError> {
             ));
         }
     }
-    finite("method.forget_weight", method.forget_weight.unwrap_or(1.0))?;
-    finite("method.retain_weight", method.retain_weight.unwrap_or(1.0))?;
+    finite("method.forget_weight", method.forget_weight.unwrap_or(Method::WEIGHT))?;
+    finite("method.retain_weight", method.retain_weight.unwrap_or(Method::WEIGHT))?;
     if method.retain == Retain::None && method.retain_weight.is_some() {
         return no_effect(
             "method.retain_weight",
@@ -94,10 +103,29 @@ fn data(config: &Config) -> Result<(), ConfigError> {
             );
         }
     }
-    for (key, source) in [("data.forget", &data.forget), ("data.retain", &data.retain), ("data.train", &data.train)] {
-        if source.as_ref().is_some_and(|source| source.limit == Some(0)) {
+    for (key, source) in data.sources() {
+        if source.limit == Some(0) {
             return Err(ConfigError::value(&format!("{key}.limit"), "is 0; write at least 1 or remove it"));
         }
+        let fields = &source.fields;
+        for (field, name, kind) in [
+            ("question", &fields.question, Kind::Qa),
+            ("answer", &fields.answer, Kind::Qa),
+            ("messages", &fields.messages, Kind::Chat),
+            ("text", &fields.text, Kind::Text),
+        ] {
+            if name.is_some() && source.kind != kind {
+                let when = format!("with kind = {:?}", source.kind.name());
+                return no_effect(&format!("{key}.fields.{field}"), &when, "remove it or change kind");
+            }
+        }
+    }
+    let any = |kind: Kind| data.sources().any(|(_, source)| source.kind == kind);
+    if data.system.is_some() && !any(Kind::Qa) {
+        return no_effect("data.system", "unless a source has kind = \"qa\"", "write the message into the samples");
+    }
+    if data.template.is_some() && !any(Kind::Qa) && !any(Kind::Chat) {
+        return no_effect("data.template", "with kind = \"text\" alone", "remove it");
     }
     if data.max_length < 2 {
         return Err(ConfigError::value("data.max_length", format!("is {}; write at least 2", data.max_length)));
@@ -137,12 +165,12 @@ fn optimizer(config: &Config) -> Result<(), ConfigError> {
         }
         OptimizerName::Sgd if optimizer.eps.is_some() => no_effect("optimizer.eps", "with name = \"sgd\"", "remove it"),
         OptimizerName::Adamw => {
-            for beta in optimizer.betas.unwrap_or([0.9, 0.999]) {
+            for beta in optimizer.betas.unwrap_or(Optimizer::BETAS) {
                 fraction("optimizer.betas", beta)?;
             }
-            positive("optimizer.eps", optimizer.eps.unwrap_or(1e-8))
+            positive("optimizer.eps", optimizer.eps.unwrap_or(Optimizer::EPS))
         }
-        OptimizerName::Sgd => fraction("optimizer.momentum", optimizer.momentum.unwrap_or(0.0)),
+        OptimizerName::Sgd => fraction("optimizer.momentum", optimizer.momentum.unwrap_or(Optimizer::MOMENTUM)),
     }
 }
 
@@ -205,6 +233,14 @@ lr = 1e-5
         refused(&["parallel.sequence_parallel=true"], "parallel.sequence_parallel: has no effect");
         refused(&["optimizer.momentum=0.9"], "optimizer.momentum: has no effect");
         refused(&["optimizer.name=sgd", "optimizer.eps=1e-6"], "optimizer.eps: has no effect");
+        refused(&["data.retain.fields.text=body"], "data.retain.fields.text: has no effect with kind = \"qa\"");
+        refused(&["data.forget.kind=text", "data.retain.kind=chat", "data.system=Hi"], "data.system: has no effect");
+        refused(&["data.forget.kind=text", "data.retain.kind=text", "data.template=chat"], "data.template: has no");
+        refused(&["export.model=false", "export.dtype=bf16"], "export.dtype or export.max_shard_mib: has no effect");
+        refused(
+            &["method.retain=none", "data.retain.limit=3", "eval={before=false, after=false, max_samples=3}"],
+            "data.retain: has no effect",
+        );
         refused(&["data.train={path='t', kind='qa'}"], "data.train: has no effect unless");
         refused(&["method.retain=none", "eval.before=false", "eval.after=false"], "data.retain: has no effect");
     }

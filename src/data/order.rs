@@ -9,7 +9,6 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 ///
 /// The forget (or train) samples are the anchor: an epoch visits each of them once. Each brings along one retain sample.
 pub struct Order {
-    seed: u64,
     shuffle: bool,
     anchors: usize,
     partners: usize,
@@ -33,7 +32,7 @@ impl Order {
     pub fn new(seed: u64, shuffle: bool, anchors: usize, partners: usize, global_batch: usize) -> Self {
         assert!(anchors > 0 && global_batch > 0, "invariant: an order has samples");
         let (anchor_epoch, partner_epoch) = (Permutation::new(seed, 0, anchors), Permutation::new(seed, 1, partners));
-        Self { seed, shuffle, anchors, partners, global_batch, anchor_epoch, partner_epoch }
+        Self { shuffle, anchors, partners, global_batch, anchor_epoch, partner_epoch }
     }
 
     /// Steps of one epoch; the last one may have fewer samples than `global_batch`.
@@ -58,11 +57,6 @@ impl Order {
             n => anchors.iter().map(|anchor| anchor % n).collect(),
         };
         StepBatch { epoch, anchors, partners }
-    }
-
-    /// Seed of the order, for the records of a run.
-    pub fn seed(&self) -> u64 {
-        self.seed
     }
 
     fn anchor(&self, epoch: usize, position: usize) -> usize {

@@ -26,6 +26,17 @@ pub type TokenNames = BTreeMap<String, String>;
 
 const NAME: &str = "chat";
 
+/// What follows the last message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Continue {
+    /// Nothing: the text ends with it.
+    No,
+    /// The header of an assistant's turn (`add_generation_prompt`).
+    Answer,
+    /// As `Answer` with `enable_thinking = false`, for templates that know it.
+    AnswerWithoutThinking,
+}
+
 /// The chat template of a tokenizer's folder.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -95,20 +106,21 @@ impl ChatTemplate {
         Ok(Self { environment, tokens, origin: origin.to_owned() })
     }
 
-    /// The text of `messages`; `add_generation_prompt` ends it with the header of an assistant's turn.
+    /// The text of `messages`.
     ///
     /// # Errors
     /// A template that refuses the messages (`raise_exception`) or uses what this renderer does not know.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, DataError> {
+    pub fn render(&self, messages: &[Message], how: Continue) -> Result<String, DataError> {
         let message = |m: &Message| Jinja::from_pairs([("role", m.role.name()), ("content", m.content.as_str())]);
         let fixed = [
             ("messages", messages.iter().map(message).collect::<Jinja>()),
-            ("add_generation_prompt", Jinja::from(add_generation_prompt)),
+            ("add_generation_prompt", Jinja::from(how != Continue::No)),
             ("tools", Jinja::from(())),
             ("documents", Jinja::from(())),
         ];
         let tokens = self.tokens.iter().map(|(name, token)| (name.as_str(), Jinja::from(token.as_str())));
-        let context = Jinja::from_pairs(tokens.chain(fixed));
+        let thinking = (how == Continue::AnswerWithoutThinking).then(|| ("enable_thinking", Jinja::from(false)));
+        let context = Jinja::from_pairs(tokens.chain(fixed).chain(thinking));
         self.environment
             .get_template(NAME)
             .and_then(|template| template.render(context))

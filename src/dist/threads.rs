@@ -62,8 +62,6 @@ pub fn run_threads_with<T: Send>(fault: Fault, tp: usize, dp: usize, body: impl 
                         world: Rc::new(group("world", rank, world, all)),
                         tp: Rc::new(group("tp", mesh.tp_rank(), tp, row)),
                         dp: Rc::new(group("dp", mesh.dp_rank(), dp, column)),
-                        local_rank: rank,
-                        local_size: world,
                         watchdog: dog.clone(),
                     };
                     catch_unwind(AssertUnwindSafe(|| body(world))).map_err(|panic| {

@@ -15,10 +15,6 @@ pub struct World {
     pub tp: Rc<Group>,
     /// The ranks that hold the same shard of the other copies.
     pub dp: Rc<Group>,
-    /// Rank within the host.
-    pub local_rank: usize,
-    /// Ranks on this host.
-    pub local_size: usize,
     pub watchdog: Watchdog,
 }
 
@@ -32,8 +28,6 @@ impl World {
             world: group("world"),
             tp: group("tp"),
             dp: group("dp"),
-            local_rank: 0,
-            local_size: 1,
             watchdog: Watchdog::new(std::time::Duration::MAX),
         }
     }
@@ -57,7 +51,6 @@ pub fn mpi_world(
 
     let all = environment.world();
     let mesh = Mesh::new(all.rank(), all.size(), tp, dp)?;
-    let host = all.split_host();
     let row = all.split(mesh.dp_rank());
     let column = all.split(mesh.tp_rank());
     let group = |axis, comm: crate::abi::mpi::Comm| {
@@ -66,8 +59,6 @@ pub fn mpi_world(
     };
     Ok(World {
         mesh,
-        local_rank: host.rank(),
-        local_size: host.size(),
         tp: group("tp", row),
         dp: group("dp", column),
         world: group("world", all),

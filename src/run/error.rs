@@ -24,6 +24,6 @@ pub enum RunError {
     Refused(String),
     #[error("cannot write {path}: {source}")]
     Write { path: PathBuf, source: std::io::Error },
-    #[error("cannot write metrics: {0}")]
+    #[error("cannot write metrics.jsonl in the run folder: {0}")]
     Metrics(#[from] std::io::Error),
 }

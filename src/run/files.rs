@@ -16,36 +16,72 @@ pub struct RunFolder {
     pub path: PathBuf,
 }
 
+/// First line of a run folder's `config.toml`: the sign that the folder is ours to write in.
+const MARK: &str = "# Resolved configuration of a run, written by dunlearn.\n";
+/// What a run writes into its folder, besides `config.toml` and the cache.
+const RESULTS: [&str; 4] = ["summary.json", "metrics.jsonl", "logs", "model"];
+
 impl RunFolder {
-    /// Makes the folder, writes the resolved configuration and opens this rank's log file. All ranks call it.
+    /// Refuses a folder in which something would be lost. Touches nothing; needs no other rank.
     ///
     /// # Errors
-    /// On all ranks when the folder holds a finished run and `context.overwrite` is not set.
+    /// The folder has files of a run's names that no run has written; it holds the model that is to be read; or it holds the
+    /// results of a run, finished or not, and `overwrite` is not set.
+    pub fn check(config: &Config, overwrite: bool) -> Result<(), RunError> {
+        let folder = &config.run.dir;
+        let refuse = |text: String| Err(RunError::Refused(text));
+        if let (Ok(model), Ok(target)) = (config.model.path.canonicalize(), folder.join("model").canonicalize())
+            && (model.starts_with(&target) || target.starts_with(&model))
+        {
+            return refuse(format!(
+                "run.dir: the run would write its model over the one that it reads, {}; choose another run.dir",
+                config.model.path.display()
+            ));
+        }
+        let written_by_us =
+            std::fs::read_to_string(folder.join("config.toml")).is_ok_and(|text| text.starts_with(MARK));
+        let found = RESULTS.iter().chain(&["config.toml", "cache"]).find(|name| folder.join(name).exists());
+        if let Some(name) = found.filter(|_| !written_by_us) {
+            return refuse(format!(
+                "run.dir: {} exists and was not written by a run; choose another run.dir, or move it away",
+                folder.join(name).display()
+            ));
+        }
+        let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
+        let steps = metrics.lines().filter(|line| line.contains("\"loss\"")).count();
+        let what = match (folder.join("summary.json").exists(), steps) {
+            (true, _) => "a finished run".to_owned(),
+            (false, 0) => return Ok(()),
+            (false, steps) => format!("a run that stopped after {steps} steps"),
+        };
+        if overwrite {
+            return Ok(());
+        }
+        refuse(format!("{} holds {what}; choose another run.dir or pass --overwrite", folder.display()))
+    }
+
+    /// Makes the folder without results of an earlier run, writes the resolved configuration and opens this rank's log file.
+    /// All ranks call it, on a file system that they share, after [`Self::check`].
+    ///
+    /// # Errors
+    /// What cannot be removed or written, on the rank that tried.
     pub fn create(config: &Config, context: &Context) -> Result<Self, RunError> {
         let folder = Self { path: config.run.dir.clone() };
         let world = &context.world;
         if world.is_first() {
-            let finished = folder.path.join("summary.json").exists();
-            if finished && !context.overwrite {
-                return Err(RunError::Refused(format!(
-                    "{} holds a finished run; choose another run.dir or pass --overwrite",
-                    folder.path.display()
-                )));
-            }
-            for path in [folder.path.join("summary.json"), folder.path.join("logs")] {
+            for path in RESULTS.map(|name| folder.path.join(name)) {
                 let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { remove_if_there(&path) };
                 gone.map_err(|source| RunError::Write { path, source })?;
             }
             let logs = folder.path.join("logs");
             std::fs::create_dir_all(&logs).map_err(|source| RunError::Write { path: logs, source })?;
             let path = folder.path.join("config.toml");
-            std::fs::write(&path, config::to_toml(config)).map_err(|source| RunError::Write { path, source })?;
+            let text = [MARK, &config::to_toml(config)].concat();
+            std::fs::write(&path, text).map_err(|source| RunError::Write { path, source })?;
         }
         world.world.barrier();
         let path = folder.path.join(format!("logs/rank_{:05}.log", world.mesh.rank));
         context.log.open(&path).map_err(|source| RunError::Write { path, source })?;
-        tracing::info!("dunlearn {}: {}", env!("CARGO_PKG_VERSION"), folder.path.display());
-        tracing::debug!("{}", world.mesh);
         Ok(folder)
     }
 
@@ -101,6 +137,11 @@ impl RunFolder {
 /// Versions of what this process runs on.
 pub fn libraries(context: &Context) -> serde_json::Value {
     json!({ "libtorch": "2.11.0", "tch": "0.24.0", "mpi": context.mpi_version })
+}
+
+/// Seconds since 1970.
+pub fn unix_seconds() -> f64 {
+    std::time::UNIX_EPOCH.elapsed().map_or(0.0, |time| time.as_secs_f64())
 }
 
 /// Memory of this process at the moment.

@@ -6,7 +6,7 @@ use tch::{Device, Kind};
 
 use super::RunError;
 use crate::checkpoint::Folder;
-use crate::config::{Config, Init, Objective, Precision};
+use crate::config::{Config, Init, Objective, Precision, Retain, Template, TemplateName};
 use crate::data::{Dataset, Encoder, overlap};
 use crate::dist::World;
 use crate::model::sharding::Table;
@@ -52,7 +52,9 @@ impl Inputs {
             weights.check(&table)?;
         }
         let data = &config.data;
-        let encoder = Encoder::from_folder(&config.model.path, &data.template, data.system.as_deref())?;
+        // texts need no template
+        let template = data.template.as_ref().unwrap_or(&Template::Named(TemplateName::Chat));
+        let encoder = Encoder::from_folder(&config.model.path, template, data.system.as_deref())?;
         let load = |name: &str, source| Dataset::load(name, source, &encoder, data.max_length);
         let finetune = config.method.objective == Objective::Finetune;
         let (key, anchors_name, source) =
@@ -127,7 +129,7 @@ impl Inputs {
         named.into_iter().filter_map(|(name, set)| Some((name, set?))).collect()
     }
 
-    /// Digest of the weight files, or of what random weights are made from. All ranks call it.
+    /// Digest of the weight files and the architecture, or of what random weights are made from. All ranks call it.
     fn identity(&self, config: &Config, world: &World) -> Result<String, RunError> {
         let mut lines = match &self.weights {
             None => vec![format!("random {} {:?}", config.run.seed, self.arch)],
@@ -135,7 +137,9 @@ impl Inputs {
                 let mine = folder.digests(world.mesh.rank, world.mesh.world())?.join("\n");
                 let all = world.world.gather_bytes(mine.as_bytes());
                 let all = all.iter().map(|text| String::from_utf8_lossy(text).into_owned());
-                all.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect()
+                let files = all.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
+                // the same weights are another model under another config.json
+                files.chain([format!("{:?}", self.arch)]).collect()
             }
         };
         lines.sort();
@@ -167,7 +171,7 @@ impl Inputs {
             }
             self.warnings.push(text);
         }
-        if let Some(retain) = self.retain.as_ref().filter(|_| config.method.objective != Objective::Finetune) {
+        if let Some(retain) = self.retain.as_ref().filter(|_| config.method.retain != Retain::None) {
             let both = overlap(&self.anchors, retain);
             if both.len() == self.anchors.samples.len() {
                 return Err(RunError::Refused(format!(

@@ -51,10 +51,17 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let strike = |phase| Fault::strike(*fault, phase, world.mesh.rank);
     // loading and exporting take as long as the disk needs; only training has a deadline
     world.watchdog.set_deadline(Duration::MAX);
-    let folder = RunFolder::create(config, &context)?;
-    let mut metrics = folder.metrics(config, &context)?;
+    RunFolder::check(config, context.overwrite)?;
+    tracing::info!("dunlearn {}: {}", env!("CARGO_PKG_VERSION"), config.run.dir.display());
+    let (mesh, threads) = (world.mesh, tch::get_num_threads());
+    let ranks = format!("{} ranks (tp {} x dp {}), {threads} threads each", mesh.world(), mesh.tp, mesh.dp);
+    tracing::info!("{ranks}, on CPUs: this version has no GPU backend");
+    tracing::debug!("{mesh}");
     let mut inputs = Inputs::read(config, world)?;
     strike(Phase::Load)?;
+    // nothing of an earlier run is touched before the new one's inputs are known to be good
+    let folder = RunFolder::create(config, &context)?;
+    let mut metrics = folder.metrics(config, &context)?;
     let Loaded { decoder, parameters, identity } = inputs.load(config, world, console)?;
     let (memory, steps) = (MemoryLine::of(&parameters), total_steps(config, &inputs));
 
@@ -81,12 +88,15 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
         gradients,
         optimizer,
     };
+    let start = Instant::now();
     let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
+    let reference_seconds = start.elapsed().as_secs_f64();
     let mut evaluations = Evaluations::default();
     world.watchdog.set_deadline(Duration::from_secs(config.run.timeout));
     if config.eval.before {
         strike(Phase::Eval)?;
         evaluations.before = evaluate(config, &inputs, &trainer, forward, world, console);
+        metrics.write(&json!({ "step": 0, "eval": evaluations.before }))?;
     }
 
     let training = Instant::now();
@@ -106,7 +116,7 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
         }
         tokens += work.tokens;
         let losses = report.losses;
-        metrics.write(&json!({
+        let mut line = json!({
             "step": step + 1,
             "epoch": (step + 1) as f64 / per_epoch as f64,
             "loss": losses.total,
@@ -120,7 +130,12 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
             "step_s": report.seconds,
             "comm_s": comm_seconds(world) - traffic,
             "rss_bytes": files::resident_bytes(),
-        }))?;
+            "time": files::unix_seconds(),
+        });
+        for (name, value) in trainer.method.forget.numbers().iter().zip(&report.numbers) {
+            line[name] = json!(value);
+        }
+        metrics.write(&line)?;
         tracing::debug!(step = step + 1, loss = losses.total, grad_norm = report.grad_norm, seconds = report.seconds);
         progress.advance(1, &format!("loss {:.4}  grad {:.2e}", losses.total, report.grad_norm));
         if config.eval.every > 0 && (step + 1) % config.eval.every == 0 && step + 1 < steps {
@@ -132,8 +147,10 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     drop(progress);
     let training_seconds = training.elapsed().as_secs_f64();
 
+    trainer.check_weights(steps, world)?;
     if config.eval.after {
         evaluations.after = evaluate(config, &inputs, &trainer, forward, world, console);
+        metrics.write(&json!({ "step": steps, "eval": evaluations.after }))?;
     }
     world.watchdog.set_deadline(Duration::MAX);
     if config.export.model {
@@ -146,10 +163,10 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
         &context,
         &identity,
         evaluations,
-        summary::Timing { steps, tokens, training_seconds, seconds_to_first_step },
+        summary::Timing { steps, tokens, training_seconds, reference_seconds, seconds_to_first_step },
     );
     folder.write_summary(&summary, world)?;
-    summary.print(&folder.path);
+    summary.print(&folder.path, console);
     Ok(summary)
 }
 

@@ -12,7 +12,7 @@ use crate::config::{self, Config};
 use crate::data::Stats;
 use crate::dist::Reduce;
 use crate::eval::LikelihoodScores;
-use crate::telemetry::table;
+use crate::telemetry::{Console, table};
 
 /// A run in numbers. The presence of the file says that the run came to its end.
 #[derive(Clone, Debug, Serialize)]
@@ -29,6 +29,8 @@ pub struct Summary {
     /// From the start of the process.
     pub seconds: f64,
     pub training_seconds: f64,
+    /// What the model before training says of the samples, before the first step; 0 where the cache had it.
+    pub reference_seconds: f64,
     pub seconds_to_first_step: f64,
     /// Tokens through the model in training, all ranks, a second.
     pub tokens_per_s: f64,
@@ -84,6 +86,7 @@ pub(super) struct Timing {
     pub(super) steps: usize,
     pub(super) tokens: usize,
     pub(super) training_seconds: f64,
+    pub(super) reference_seconds: f64,
     pub(super) seconds_to_first_step: f64,
 }
 
@@ -123,6 +126,7 @@ impl Summary {
             steps: timing.steps,
             seconds: context.started.elapsed().as_secs_f64(),
             training_seconds: timing.training_seconds,
+            reference_seconds: timing.reference_seconds,
             seconds_to_first_step: timing.seconds_to_first_step,
             tokens_per_s: timing.tokens as f64 / timing.training_seconds.max(1e-9),
             peak_rss_bytes: peak[0] as u64,
@@ -133,7 +137,13 @@ impl Summary {
     }
 
     /// Logs the table and where things are.
-    pub(super) fn print(&self, folder: &Path) {
+    pub(super) fn print(&self, folder: &Path, console: &Console) {
+        if console.is_for_machines() {
+            let path = folder.join("summary.json");
+            let Self { steps, seconds, tokens_per_s, .. } = self;
+            tracing::info!(steps, seconds, tokens_per_s, summary = %path.display(), "finished");
+            return;
+        }
         let mut rows = Vec::new();
         for (name, set) in &self.sets {
             let metrics: [(&str, fn(&LikelihoodScores) -> f64); 2] =

@@ -14,6 +14,8 @@ pub enum ProgressMode {
     Bar,
     /// A line now and then.
     Plain,
+    /// As `Plain`, as log events: for machines.
+    Events,
     Silent,
 }
 
@@ -67,6 +69,11 @@ impl Console {
         Progress { label: label.to_owned(), unit, total, done: 0, start: now, last_line: now, console, bar }
     }
 
+    /// Whether a program reads the log.
+    pub fn is_for_machines(&self) -> bool {
+        self.mode == ProgressMode::Events
+    }
+
     /// Prints text as it is, above any bar.
     pub fn print(&self, text: &str) {
         self.bars.suspend(|| {
@@ -82,7 +89,7 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.set_message(note.to_owned());
             bar.set_position(self.done);
-        } else if self.console.mode == ProgressMode::Plain
+        } else if matches!(self.console.mode, ProgressMode::Plain | ProgressMode::Events)
             && (self.last_line.elapsed() > PLAIN_EVERY || self.done == self.total)
             && self.start.elapsed() > Duration::from_secs(2)
         {
@@ -90,6 +97,10 @@ impl Progress {
             let seconds = self.start.elapsed().as_secs_f64();
             let left = seconds / self.done.max(1) as f64 * self.total.saturating_sub(self.done) as f64;
             let Self { label, unit, total, done, .. } = self;
+            if self.console.mode == ProgressMode::Events {
+                tracing::info!(phase = label, done, total, unit, seconds, seconds_left = left, note, "progress");
+                return;
+            }
             let per_second = rate(*done as f64 / seconds);
             let note = if note.is_empty() { String::new() } else { format!("  {note}") };
             self.console.print(&format!("  {label}: {done}/{total} {unit}, {per_second}/s, {left:.0} s left{note}\n"));

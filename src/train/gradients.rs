@@ -98,6 +98,7 @@ impl GradientBuffers {
         let params = self.layout.buckets.iter().flat_map(|bucket| &bucket.params).map(|(id, _)| *id);
         let mut order: Vec<ParamId> = params.collect();
         order.sort_by_key(|&id| std::cmp::Reverse(self.table.params[id].unit));
+        order.retain(|&id| self.touched[id]);
         let bad =
             order.into_iter().find(|&id| !f64::try_from(self.views[id].sum(Kind::Double)).is_ok_and(f64::is_finite));
         bad.map(|id| self.table.params[id].pieces[0].name.clone())

@@ -30,6 +30,8 @@ pub struct Term {
     pub loss: Tensor,
     /// `[tokens]`: its derivative by each log-probability.
     pub weight: Tensor,
+    /// Parts of [`Objective::numbers`], in that order; they add up over the step as the loss does.
+    pub numbers: Vec<f64>,
 }
 
 /// A loss over log-probabilities. It knows neither ranks nor micro-batches beyond [`Tokens::totals`].
@@ -37,6 +39,11 @@ pub trait Objective {
     /// Whether [`Tokens::reference`] must be there.
     fn needs_reference(&self) -> bool {
         false
+    }
+
+    /// Names of what the method tells of each step besides its loss, as they stand in `metrics.jsonl`.
+    fn numbers(&self) -> &'static [&'static str] {
+        &[]
     }
 
     fn term(&self, tokens: &Tokens) -> Term;

@@ -32,10 +32,13 @@ enum State {
 impl Optimizer {
     pub fn new(config: &config::Optimizer, parameters: &Parameters) -> Self {
         let rule = match config.name {
-            config::OptimizerName::Adamw => {
-                Rule::AdamW { betas: config.betas.unwrap_or([0.9, 0.999]), eps: config.eps.unwrap_or(1e-8) }
+            config::OptimizerName::Adamw => Rule::AdamW {
+                betas: config.betas.unwrap_or(config::Optimizer::BETAS),
+                eps: config.eps.unwrap_or(config::Optimizer::EPS),
+            },
+            config::OptimizerName::Sgd => {
+                Rule::Sgd { momentum: config.momentum.unwrap_or(config::Optimizer::MOMENTUM) }
             }
-            config::OptimizerName::Sgd => Rule::Sgd { momentum: config.momentum.unwrap_or(0.0) },
         };
         let state: Vec<State> = parameters
             .masters

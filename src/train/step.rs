@@ -13,6 +13,7 @@ use super::parameters::Parameters;
 use super::schedule::Schedule;
 use crate::data::{MicroBatch, Stream};
 use crate::dist::{Reduce, World};
+use crate::kernels::reduce::sum_of_squares;
 use crate::model::{Decoder, Gradients, Keep, ReferenceHead, Rows};
 use crate::telemetry::Part;
 
@@ -65,9 +66,11 @@ pub struct Trainer {
 }
 
 /// What one step did; the same on every rank.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepReport {
     pub losses: Losses,
+    /// What the forget objective tells, see [`Objective::numbers`].
+    pub numbers: Vec<f64>,
     pub grad_norm: f64,
     pub lr: f64,
     /// Unit: seconds on this rank.
@@ -105,11 +108,11 @@ impl Trainer {
         world: &World,
     ) -> Result<StepReport, NonFinite> {
         let start = Instant::now();
-        let losses = self.accumulate(work, reference, world);
+        let (losses, numbers) = self.accumulate(work, reference, world);
         let reduced = self.gradients.finish();
         let norm = reduced.norm;
         if !(losses.total.is_finite() && norm.is_finite()) {
-            return Err(self.explain(step, losses, norm, world));
+            return Err(self.explain(step, losses, norm, work, reference, world));
         }
         let max = self.options.max_grad_norm;
         let scale = if max > 0.0 { (max / (norm + 1e-6)).min(1.0) } else { 1.0 };
@@ -120,43 +123,43 @@ impl Trainer {
                 self.parameters.publish(bucket, &world.dp);
             }
         });
-        Ok(StepReport { losses, grad_norm: norm, lr, seconds: start.elapsed().as_secs_f64() })
+        Ok(StepReport { losses, numbers, grad_norm: norm, lr, seconds: start.elapsed().as_secs_f64() })
     }
 
-    /// Forward and backward of all micro-batches; gives the losses of the whole step.
-    pub fn accumulate(&mut self, work: &StepWork, reference: Option<&dyn Reference>, world: &World) -> Losses {
+    /// Forward and backward of all micro-batches; gives the losses and the objective's numbers of the whole step.
+    pub fn accumulate(
+        &mut self,
+        work: &StepWork,
+        reference: Option<&dyn Reference>,
+        world: &World,
+    ) -> (Losses, Vec<f64>) {
         self.gradients.begin();
-        let mut sums = [0.0, 0.0];
+        let mut sums = vec![0.0; 2 + self.method.forget.numbers().len()];
         for (index, micro_batch) in work.micro_batches.iter().enumerate() {
             if index + 1 == work.micro_batches.len() {
                 self.gradients.last_micro_batch();
             }
             let parts = self.micro_batch(micro_batch, work, reference);
-            sums[0] += parts[0];
-            sums[1] += parts[1];
+            for (sum, part) in sums.iter_mut().zip(parts.losses.into_iter().chain(parts.numbers)) {
+                *sum += part;
+            }
         }
         self.gradients.start_all();
         world.dp.all_reduce_f64(&mut sums, Reduce::Sum);
         let Method { forget_weight, retain_weight, .. } = self.method;
         let total = forget_weight * sums[0] + retain_weight * sums[1];
-        Losses { total, forget: sums[0], retain: sums[1] }
+        (Losses { total, forget: sums[0], retain: sums[1] }, sums.split_off(2))
     }
 
-    /// One micro-batch: forward, pass 1 of the head, weights from the objectives, pass 2, backward. Gives this micro-batch's
-    /// parts of the forget and the retain loss.
-    fn micro_batch(
-        &mut self,
-        micro_batch: &MicroBatch,
-        work: &StepWork,
-        reference: Option<&dyn Reference>,
-    ) -> [f64; 2] {
+    /// One micro-batch: forward, pass 1 of the head, weights from the objectives, pass 2, backward.
+    fn micro_batch(&mut self, micro_batch: &MicroBatch, work: &StepWork, reference: Option<&dyn Reference>) -> Parts {
         let Self { decoder, parameters, gradients, method, options, .. } = self;
         let (weights, device) = (&parameters.weights, decoder.device);
         let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
         let (hidden, tape) = decoder.forward(weights, &batch, options.keep);
         let positions = Tensor::from_slice(&micro_batch.positions).to_device(device);
         let mut d_hidden = hidden.zeros_like();
-        let mut losses = [0.0, 0.0];
+        let mut told = Parts::default();
         decoder.clock.time(Part::Head, || {
             let (labelled, divergent) = match method.retain {
                 Retain::Divergence => {
@@ -170,7 +173,7 @@ impl Trainer {
                 let targets = Tensor::from_slice(&micro_batch.targets[..labelled as usize]).to_device(device);
                 let scores = decoder.scores(weights, &rows, &targets, true);
                 let (parts, weight) = likelihood(method, micro_batch, work, &scores.logprob, reference);
-                losses = parts;
+                told = parts;
                 let grad = decoder.scores_backward(weights, &rows, scores, &weight, gradients);
                 let _ = d_hidden.index_copy_(0, &at, &grad);
             }
@@ -180,18 +183,46 @@ impl Trainer {
                 let rows = decoder.rows(weights, &hidden, &at, options.logits_bytes);
                 let factor = method.retain_weight / work.retain.tokens;
                 let (kl, grad) = divergence(decoder, weights, &rows, micro_batch, reference, factor, gradients);
-                losses[1] = kl / work.retain.tokens;
+                told.losses[1] = kl / work.retain.tokens;
                 let _ = d_hidden.index_copy_(0, &at, &grad);
             }
         });
         drop(hidden);
         gradients.complete(decoder.table.num_units() - 1);
         decoder.backward(weights, &batch, tape, d_hidden, gradients);
-        losses
+        told
     }
 
-    /// Says which rank and which tensor brought the first number that is none.
-    fn explain(&self, step: usize, losses: Losses, norm: f64, world: &World) -> NonFinite {
+    /// Whether the weights after the last step are numbers; a step notices only those of the step before.
+    ///
+    /// # Errors
+    /// On every rank when a weight on any rank is not finite. All ranks call it.
+    pub fn check_weights(&self, steps: usize, world: &World) -> Result<(), NonFinite> {
+        let bad = self.parameters.masters.iter().any(|own| !sum_of_squares(own).is_finite());
+        let mut ranks = [f64::from(u8::from(bad))];
+        world.world.all_reduce_f64(&mut ranks, Reduce::Sum);
+        if ranks[0] == 0.0 {
+            return Ok(());
+        }
+        Err(NonFinite { step: steps, what: format!("weights on {} ranks are no numbers", ranks[0]) })
+    }
+
+    /// Says which rank and which tensor brought the first number that is none. All ranks call it.
+    ///
+    /// The sums over the ranks have mixed the gradients, so each rank computes its own once more and keeps them.
+    fn explain(
+        &mut self,
+        step: usize,
+        losses: Losses,
+        norm: f64,
+        work: &StepWork,
+        reference: Option<&dyn Reference>,
+        world: &World,
+    ) -> NonFinite {
+        self.gradients.begin();
+        for micro_batch in &work.micro_batches {
+            self.micro_batch(micro_batch, work, reference);
+        }
         let mine = self.gradients.find_non_finite().unwrap_or_default();
         let found = world.world.gather_bytes(mine.as_bytes());
         let culprit = found.iter().enumerate().find(|(_, name)| !name.is_empty());
@@ -206,6 +237,15 @@ impl Trainer {
     }
 }
 
+/// One micro-batch's parts of what a step tells.
+#[derive(Default)]
+struct Parts {
+    /// Of the forget and the retain loss.
+    losses: [f64; 2],
+    /// Of the forget objective's numbers; empty without forget samples.
+    numbers: Vec<f64>,
+}
+
 /// Losses and per-row weights of the likelihood terms of one micro-batch.
 fn likelihood(
     method: &Method,
@@ -213,9 +253,9 @@ fn likelihood(
     work: &StepWork,
     logprob: &Tensor,
     reference: Option<&dyn Reference>,
-) -> ([f64; 2], Tensor) {
+) -> (Parts, Tensor) {
     let weight = logprob.zeros_like();
-    let mut losses = [0.0, 0.0];
+    let mut told = Parts::default();
     let retain = match &method.retain {
         Retain::Likelihood(objective) => Some((objective, method.retain_weight, work.retain)),
         _ => None,
@@ -251,10 +291,13 @@ fn likelihood(
                 totals,
             })
         };
-        losses[index] = f64::try_from(&term.loss).expect("invariant: a loss is one number");
+        told.losses[index] = f64::try_from(&term.loss).expect("invariant: a loss is one number");
+        if stream == Stream::Forget {
+            told.numbers = term.numbers;
+        }
         part(&weight).copy_(&(term.weight * factor));
     }
-    (losses, weight)
+    (told, weight)
 }
 
 /// Sum of KL(reference || model) over the rows, and the gradient of the rows for dloss/dkl = `factor`.

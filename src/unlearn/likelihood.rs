@@ -26,5 +26,5 @@ impl Objective for GradientAscent {
 
 fn token_mean(tokens: &Tokens, sign: f64) -> Term {
     let each = sign / tokens.totals.tokens;
-    Term { loss: tokens.logprob.sum(Kind::Double) * each, weight: tokens.logprob.full_like(each) }
+    Term { loss: tokens.logprob.sum(Kind::Double) * each, weight: tokens.logprob.full_like(each), numbers: Vec::new() }
 }

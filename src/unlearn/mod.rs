@@ -16,7 +16,7 @@ pub fn method(config: &config::Method) -> Method {
     let forget: Box<dyn Objective> = match config.objective {
         config::Objective::Finetune => Box::new(NegativeLogLikelihood),
         config::Objective::Ga => Box::new(GradientAscent),
-        config::Objective::Npo => Box::new(Npo { beta: config.beta.unwrap_or(0.1) }),
+        config::Objective::Npo => Box::new(Npo { beta: config.beta.unwrap_or(config::Method::BETA) }),
     };
     let retain = match config.retain {
         config::Retain::None => Retain::None,
@@ -25,8 +25,8 @@ pub fn method(config: &config::Method) -> Method {
     };
     Method {
         forget,
-        forget_weight: config.forget_weight.unwrap_or(1.0),
+        forget_weight: config.forget_weight.unwrap_or(config::Method::WEIGHT),
         retain,
-        retain_weight: config.retain_weight.unwrap_or(1.0),
+        retain_weight: config.retain_weight.unwrap_or(config::Method::WEIGHT),
     }
 }

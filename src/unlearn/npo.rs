@@ -1,6 +1,6 @@
 //! Negative preference optimization (Zhang et al., arXiv 2404.05868, equation 3).
 
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use crate::train::{Objective, Term, Tokens};
 
@@ -18,6 +18,12 @@ impl Objective for Npo {
         true
     }
 
+    /// Mean over the forget sequences of log(pi/pi_ref), and of the weight 2 pi^beta / (pi^beta + pi_ref^beta), which is 1 at the
+    /// start and goes to 0 as a sequence is forgotten.
+    fn numbers(&self) -> &'static [&'static str] {
+        &["npo_log_ratio", "npo_weight"]
+    }
+
     /// With D = log pi - log pi_ref of a sequence: loss (2/beta) softplus(beta D), derivative 2 sigmoid(beta D).
     fn term(&self, tokens: &Tokens) -> Term {
         let reference = tokens.reference.expect("invariant: asked for by `needs_reference`");
@@ -28,7 +34,9 @@ impl Objective for Npo {
         // log(1 + e^z) = -log sigmoid(-z), without overflow at either end
         let softplus = -(-&scaled).log_sigmoid();
         let weight = scaled.sigmoid() * (2.0 / tokens.totals.sequences);
+        let sum = |x: &Tensor| f64::try_from(x.sum(Kind::Double)).expect("invariant: a sum is one number");
         Term {
+            numbers: vec![sum(&ratio) / tokens.totals.sequences, sum(&weight)],
             loss: softplus.sum(Kind::Double) * (2.0 / self.beta / tokens.totals.sequences),
             weight: weight.index_select(0, tokens.sequence).to_kind(tokens.logprob.kind()),
         }

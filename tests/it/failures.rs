@@ -181,13 +181,55 @@ fn a_loss_that_is_no_number_stops_the_run() {
     assert!(!workshop.path("run/model").exists());
 }
 
-/// A finished run is not written over by accident.
+/// Nothing is written over by accident: neither a run, finished or not, nor files that no run has written, nor the model
+/// that is read.
 #[test]
-fn a_finished_run_is_kept() {
+fn what_is_there_is_kept() {
+    let workshop = Workshop::new(&[SHAPE, &["--weights"]].concat());
+    let config = workshop.config("run.toml", RUN);
+    let start = |extra: &[&str]| dunlearn(&[&["--config", &config][..], extra].concat());
+    assert!(start(&[]).success);
+    let again = start(&[]);
+    assert!(!again.success && again.text.contains("holds a finished run"), "{}", again.text);
+    // a mistake in the new run's inputs leaves the old run alone, --overwrite or not
+    let summary = std::fs::read(workshop.path("run/summary.json")).unwrap();
+    assert!(!start(&["--overwrite", "--set", "data.forget.path=nowhere.jsonl"]).success);
+    assert_eq!(std::fs::read(workshop.path("run/summary.json")).unwrap(), summary);
+    assert!(workshop.path("run/model/model.safetensors").exists());
+    assert!(start(&["--overwrite"]).success);
+
+    assert!(!start(&["--overwrite", "--fault", "error@export:0"]).success);
+    assert!(!workshop.path("run/model").exists() && !workshop.path("run/summary.json").exists());
+    let stopped = start(&[]);
+    assert!(stopped.text.contains("holds a run that stopped after 3 steps"), "{}", stopped.text);
+
+    // a folder with a user's own files of the same names
+    for (name, is_folder) in [("logs", true), ("config.toml", false), ("model", true)] {
+        let folder = workshop.path(&format!("mine_{name}"));
+        std::fs::create_dir(&folder).unwrap();
+        let path = folder.join(name);
+        if is_folder { std::fs::create_dir(&path) } else { std::fs::write(&path, RUN) }.unwrap();
+        let refused = start(&["--overwrite", "--set", &format!("run.dir={}", folder.display())]);
+        assert!(refused.text.contains(&format!("{name} exists and was not written by a run")), "{}", refused.text);
+        assert!(path.exists());
+    }
+
+    // the model that is read stands where the run would write its own
+    let source = workshop.path("data/model");
+    let refused = start(&["--overwrite", "--set", &format!("run.dir={}", workshop.path("data").display())]);
+    assert!(refused.text.contains("over the one that it reads"), "{}", refused.text);
+    assert!(source.join("model.safetensors").exists());
+}
+
+/// Weights that the last step broke are not exported as if nothing had happened.
+#[test]
+fn a_last_step_into_nothing_is_noticed() {
     let workshop = Workshop::new(SHAPE);
     let config = workshop.config("run.toml", RUN);
-    assert!(dunlearn(&["--config", &config]).success);
-    let again = dunlearn(&["--config", &config]);
-    assert!(!again.success && again.text.contains("holds a finished run"), "{}", again.text);
-    assert!(dunlearn(&["--config", &config, "--overwrite"]).success);
+    let set = ["optimizer.lr=1e30", "optimizer.weight_decay=1e30", "train.steps=1", "schedule.name=constant"];
+    let arguments: Vec<&str> = ["--config", &config].into_iter().chain(set.iter().flat_map(|s| ["--set", s])).collect();
+    let done = dunlearn(&arguments);
+    assert_eq!(done.code, Some(2), "{}", done.text);
+    assert!(done.text.contains("step 1: weights on 1 ranks are no numbers"), "{}", done.text);
+    assert!(!workshop.path("run/model").exists());
 }

@@ -60,6 +60,11 @@ impl Workshop {
         let text = std::fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
+
+    /// Those of the metrics that tell of a step.
+    pub fn steps(&self, run: &str) -> Vec<Value> {
+        self.metrics(run).into_iter().filter(|line| !line["loss"].is_null()).collect()
+    }
 }
 
 /// The number at `path` such as `forget.before.probability`.

@@ -132,7 +132,7 @@ fn metrics_have_what_was_promised() {
         assert!(!lines[0][key].is_null(), "{key}");
     }
     assert!(lines[0]["libraries"]["mpi"].as_str().unwrap().contains("MPI"));
-    let steps: Vec<_> = lines.iter().filter(|line| !line["loss"].is_null()).collect();
+    let steps = workshop.steps("metrics");
     assert_eq!(steps.len(), 3);
     for (index, line) in steps.iter().enumerate() {
         assert_eq!(line["step"], index as u64 + 1);
@@ -156,13 +156,46 @@ fn metrics_have_what_was_promised() {
         assert!((number(line, "loss") - total).abs() < 1e-9);
         assert!(number(line, "comm_s") > 0.0 && number(line, "comm_s") < number(line, "step_s"));
     }
-    assert_eq!(lines.iter().filter(|line| !line["eval"].is_null()).count(), 1);
+    assert!(number(&steps[0], "npo_log_ratio").abs() < 1e-4 && number(&steps[2], "npo_log_ratio") < -1e-3);
+    assert!((number(&steps[0], "npo_weight") - 1.0).abs() < 1e-4 && number(&steps[2], "npo_weight") < 1.0);
+    // before, in between, after
+    assert_eq!(lines.iter().filter(|line| !line["eval"].is_null()).count(), 3);
     for rank in 0..2 {
         assert!(workshop.path(&format!("metrics/logs/rank_0000{rank}.log")).exists());
     }
     // the run folder holds its configuration; running that again gives the same digest
     let shown = dunlearn(&["config", "show", workshop.path("metrics/config.toml").to_str().unwrap()]);
-    assert_eq!(shown.text, std::fs::read_to_string(workshop.path("metrics/config.toml")).unwrap());
+    let kept = std::fs::read_to_string(workshop.path("metrics/config.toml")).unwrap();
+    let (mark, kept) = kept.split_once('\n').unwrap();
+    assert!(mark.starts_with('#') && shown.text == kept, "{kept}");
+    // with the numbers that the file left to the defaults
+    for default in ["beta = 0.1", "forget_weight = 1.0", "betas = [0.9, 0.999]", "template = \"chat\""] {
+        assert!(kept.contains(default), "{default} in {kept}");
+    }
+}
+
+/// With `--log-format json` every line is a JSON object, the last words of a failing run included.
+#[test]
+fn machines_can_read_the_log() {
+    let workshop = trained();
+    let config = workshop.config("json.toml", &NPO.replace("/npo\"", "/json\""));
+    let start = |extra: &[&str]| {
+        mpirun(2, &[&["--config", &config, "--log-format", "json", "--overwrite"][..], extra].concat())
+    };
+    let lines = |text: &str| -> Vec<serde_json::Value> {
+        // the launcher adds words of its own when a rank fails
+        let ours = text.lines().take_while(|line| !line.starts_with("---"));
+        ours.filter(|line| !line.is_empty())
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}")))
+            .collect()
+    };
+    let good = start(&["--set", "train.steps=2"]);
+    assert!(good.success, "{}", good.text);
+    assert!(lines(&good.text).iter().any(|line| line["message"] == "finished" && line["steps"] == 2), "{}", good.text);
+    let bad = start(&["--set", "data.forget.path=nowhere.jsonl"]);
+    let said = lines(&bad.text);
+    let last = said.iter().find(|line| line["level"] == "ERROR").unwrap_or_else(|| panic!("{}", bad.text));
+    assert!(last["message"].as_str().unwrap().contains("nowhere.jsonl") && last["rank"] == 0);
 }
 
 /// With a learning rate of 0 every layout writes the bytes that were read, through optimizer, masters and gather.
@@ -250,7 +283,7 @@ fn a_stale_reference_is_computed_again() {
         }
         let done = mpirun(2, &arguments);
         assert!(done.success, "{}", done.text);
-        (done.text, number(&workshop.metrics("cache")[1], "forget_loss"))
+        (done.text, number(&workshop.steps("cache")[0], "forget_loss"))
     };
     let (text, first) = run(&[]);
     assert!(!text.contains("read from") && !text.contains("computed again"));
@@ -276,9 +309,8 @@ fn the_divergence_term_starts_at_zero() {
     npo(workshop, "kl1", 1, &[&set[..], &["parallel.tp=1"]].concat());
     npo(workshop, "kl4", 4, &[&set[..], &["parallel.sequence_parallel=true"]].concat());
     npo(workshop, "klpad", 1, &[&set[..], &["parallel.tp=1", "method.compat=openunlearning"]].concat());
-    let losses = |run: &str| -> Vec<f64> {
-        workshop.metrics(run)[1..].iter().filter(|l| !l["loss"].is_null()).map(|l| number(l, "retain_loss")).collect()
-    };
+    let losses =
+        |run: &str| -> Vec<f64> { workshop.steps(run).iter().map(|line| number(line, "retain_loss")).collect() };
     let (one, four, padded) = (losses("kl1"), losses("kl4"), losses("klpad"));
     assert!(one[0].abs() < 1e-6 && one[1..].iter().all(|&kl| kl > 1e-6), "{one:?}");
     for (a, b) in one.iter().zip(&four).skip(1) {
@@ -294,8 +326,8 @@ fn options_matter_where_they_should() {
     let last = |name: &str, set: &[&str]| {
         let always = ["train.steps=3", "parallel.tp=1", "eval.before=false"];
         npo(workshop, name, 1, &[&always[..], set].concat());
-        let metrics = workshop.metrics(name);
-        (number(&metrics[3], "loss"), number(&metrics[3], "lr"), number(&workshop.summary(name), "retain.after.nll"))
+        let steps = workshop.steps(name);
+        (number(&steps[2], "loss"), number(&steps[2], "lr"), number(&workshop.summary(name), "retain.after.nll"))
     };
     let base = last("o0", &[]);
     for (name, set) in [

@@ -12,7 +12,7 @@ use std::ops::Range;
 use super::score::Passage;
 use crate::data::error::DataError;
 use crate::data::record::{Message, Role};
-use crate::data::template::ChatTemplate;
+use crate::data::template::{ChatTemplate, Continue};
 
 /// Stands for a turn's content to find out where it goes; from Unicode's private use area, so that no content has it.
 const MARK: &str = "\u{f8f0}\u{f8f1}";
@@ -22,16 +22,23 @@ pub(super) fn passage(template: &ChatTemplate, messages: &[Message]) -> Result<P
     let is_assistant = |message: &Message| message.role == Role::Assistant;
     let last = messages.iter().rposition(is_assistant).ok_or(DataError::NothingScored)?;
     let messages = &messages[..=last];
-    let text = template.render(messages, false)?;
+    let text = template.render(messages, Continue::No)?;
     let mut turns: Vec<Range<usize>> = Vec::new();
     let mut prefix_broken = false;
     for k in (0..=last).filter(|&k| is_assistant(&messages[k])) {
-        let prompt = template.render(&messages[..k], true)?;
-        let start = if text.starts_with(&prompt) {
-            prompt.len()
-        } else {
-            prefix_broken = true;
-            content(template, messages, k, &text)?.start
+        // where a template puts an empty block of reasoning in front of an answer, a model that is asked not to reason is
+        // given that block; the longer prompt is the one that leaves the answer alone
+        let mut prompts = Vec::new();
+        for how in [Continue::Answer, Continue::AnswerWithoutThinking] {
+            prompts.push(template.render(&messages[..k], how)?);
+        }
+        let fitting = prompts.iter().filter(|prompt| text.starts_with(*prompt)).map(String::len).max();
+        let start = match fitting {
+            Some(len) => len,
+            None => {
+                prefix_broken = true;
+                content(template, messages, k, &text)?.start
+            }
         };
         let end = if k == last { text.len() } else { end(template, messages, k, &text)? };
         let after = turns.last().map_or(0, |turn| turn.end);
@@ -42,7 +49,7 @@ pub(super) fn passage(template: &ChatTemplate, messages: &[Message]) -> Result<P
 
 /// Where turn `k` ends in `text`, the text of all messages.
 fn end(template: &ChatTemplate, messages: &[Message], k: usize, text: &str) -> Result<usize, DataError> {
-    let until = template.render(&messages[..=k], false)?;
+    let until = template.render(&messages[..=k], Continue::No)?;
     if text.starts_with(&until) {
         return Ok(until.len());
     }
@@ -56,7 +63,7 @@ fn end(template: &ChatTemplate, messages: &[Message], k: usize, text: &str) -> R
 fn content(template: &ChatTemplate, messages: &[Message], k: usize, text: &str) -> Result<Range<usize>, DataError> {
     let mut marked = messages.to_vec();
     marked[k].content = MARK.to_owned();
-    let marked = template.render(&marked, false)?;
+    let marked = template.render(&marked, Continue::No)?;
     let start = common_prefix(&marked, text);
     let same = marked[start..].chars().rev().zip(text[start..].chars().rev()).take_while(|(a, b)| a == b);
     let suffix: usize = same.map(|(c, _)| c.len_utf8()).sum();

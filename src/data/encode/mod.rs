@@ -29,14 +29,6 @@ pub struct Sample {
     pub scored: Vec<u32>,
 }
 
-impl Sample {
-    /// The tokens before the first scored one: what a model is given to generate the first answer.
-    pub fn prompt(&self) -> &[i32] {
-        let len = self.scored.first().map_or(self.tokens.len(), |&p| p as usize);
-        &self.tokens[..len]
-    }
-}
-
 /// What one record became.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Encoded {
@@ -118,25 +110,6 @@ impl Encoder {
         self.sample(&passage, max_length)
     }
 
-    /// The text of `tokens` without special tokens.
-    ///
-    /// # Errors
-    /// Only where the tokenizer's decoder fails.
-    pub fn decode(&self, tokens: &[i32]) -> Result<String, DataError> {
-        let ids: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
-        self.tokenizer.decode(&ids, true).map_err(|e| DataError::Tokenize { reason: e.to_string() })
-    }
-
-    /// Tokens that end a generated answer; the first is the one appended to samples that have none.
-    pub fn eos(&self) -> &[i32] {
-        &self.eos
-    }
-
-    /// Tokens the tokenizer can produce: the model's embedding needs at least as many rows.
-    pub fn vocab_size(&self) -> usize {
-        self.tokenizer.get_vocab_size(true)
-    }
-
     fn required<'a>(&self, template: &'a Option<Box<ChatTemplate>>) -> Result<&'a ChatTemplate, DataError> {
         template.as_deref().ok_or_else(|| DataError::NoChatTemplate { folder: self.folder.clone() })
     }
@@ -183,5 +156,18 @@ impl Encoder {
 
     fn run(&self, text: &str, add_special_tokens: bool) -> Result<tokenizers::Encoding, DataError> {
         self.tokenizer.encode(text, add_special_tokens).map_err(|e| DataError::Tokenize { reason: e.to_string() })
+    }
+}
+
+#[cfg(test)]
+impl Encoder {
+    /// The text of `tokens` without special tokens.
+    pub(in crate::data) fn decode(&self, tokens: &[i32]) -> String {
+        let ids: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
+        self.tokenizer.decode(&ids, true).unwrap()
+    }
+
+    pub(in crate::data) fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
     }
 }

@@ -33,6 +33,7 @@ pub(super) fn score(passage: &Passage, encoding: &Encoding, special: &BTreeSet<i
         spans: encoding.get_offsets(),
         inserted: encoding.get_special_tokens_mask(),
         special,
+        eos,
     };
     let mut scored = Vec::new();
     let mut straddles = false;
@@ -71,6 +72,7 @@ struct View<'a> {
     /// 1 for tokens that the tokenizer put around the text.
     inserted: &'a [u32],
     special: &'a BTreeSet<i32>,
+    eos: &'a [i32],
 }
 
 impl View<'_> {
@@ -94,12 +96,15 @@ impl View<'_> {
         (0..self.tokens.len()).filter(belongs).collect()
     }
 
-    /// Ends a chat's turn with its end-of-turn token: the model stops there and never writes the white space behind it.
-    /// Returns whether the turn has such a token.
+    /// Ends a chat's turn with its end-of-turn token: the model stops there and never writes what the template puts behind it,
+    /// white space or an end-of-text token after the last turn. Returns whether the turn has such a token.
     fn close(&self, positions: &mut Vec<usize>) -> bool {
         let blank = |&p: &usize| self.passage.text[self.spans[p].0..self.spans[p].1].trim().is_empty();
-        let special = positions.iter().rposition(|&p| self.is_special(p));
-        if let Some(end) = special.filter(|end| positions[end + 1..].iter().all(blank)) {
+        // the special tokens and blanks that close the turn
+        let tail = positions.iter().rposition(|p| !self.is_special(*p) && !blank(p)).map_or(0, |last| last + 1);
+        let first_eos = positions[tail..].iter().position(|&p| self.eos.contains(&self.tokens[p]));
+        let last_special = positions[tail..].iter().rposition(|&p| self.is_special(p));
+        if let Some(end) = first_eos.or(last_special).map(|end| tail + end) {
             positions.truncate(end + 1);
             return true;
         }

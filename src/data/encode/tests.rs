@@ -128,11 +128,8 @@ fn the_answer_and_the_end_are_scored() {
     assert_eq!(sample.tokens, [prompt.clone(), answer.clone(), vec![EOS]].concat());
     let first = prompt.len() as u32;
     assert_eq!(sample.scored, (first..first + 4).collect::<Vec<_>>());
-    assert_eq!(sample.prompt(), prompt);
     assert_eq!((encoded.len, encoded.prompt_len, encoded.lost), (13, 9, 0));
     assert_eq!((encoded.straddles, encoded.prefix_broken, encoded.doubled_bos), (false, false, false));
-    assert_eq!(encoder.decode(&sample.tokens).unwrap(), "Q: why\nA: so");
-    assert_eq!((encoder.eos(), encoder.vocab_size()), ([EOS].as_slice(), 259));
 }
 
 #[test]
@@ -325,6 +322,28 @@ fn a_generation_prompt_that_the_answer_does_not_follow_is_marked() {
     assert!(encoded.prefix_broken);
 }
 
+/// Qwen3 writes an empty block of reasoning before the last answer, and into the prompt of a model that shall not reason.
+#[test]
+fn an_empty_block_of_reasoning_is_no_part_of_the_answer() {
+    let source = "{% for m in messages %}{{ m.role[0] + ':' }}{% if m.role == 'assistant' and loop.last %}{{ '()' }}{% endif %}\
+                  {{ m.content + '<end>' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}\
+                  {% if enable_thinking is defined and enable_thinking is false %}{{ '()' }}{% endif %}{% endif %}";
+    let (sample, encoded) = only(&Folder::new(&[], |_| {}).chat(source), &qa("q", "xy"));
+    assert!(!encoded.prefix_broken);
+    assert_eq!(marked(&sample), "u:q<end>a:()[xy<end>]");
+}
+
+/// Phi-3 writes an end-of-text token behind the last turn's own end, which a model never gets to write.
+#[test]
+fn a_turn_ends_at_the_first_token_that_ends_a_generation() {
+    let folder = Folder::new(&[], |_| {});
+    folder.write("generation_config.json", &json!({ "eos_token_id": [EOS, END] }).to_string());
+    let source = "{% for m in messages %}{{ m.role[0] + ':' + m.content + '<end>\n' }}{% endfor %}\
+                  {% if add_generation_prompt %}{{ 'a:' }}{% else %}{{ eos_token }}{% endif %}";
+    let (sample, _) = only(&folder.chat(source), &qa("q", "xy"));
+    assert_eq!(marked(&sample), "u:q<end>\na:[xy<end>]");
+}
+
 #[test]
 fn turns_that_are_written_otherwise_once_others_follow_are_found() {
     // reasoning stays only in the last turn, and so does the end-of-text token
@@ -375,7 +394,7 @@ fn a_template_fits_its_kind() {
 #[test]
 fn the_end_of_text_token_comes_from_the_first_file_that_has_it() {
     let folder = Folder::new(&[], |_| {});
-    let eos = || Encoder::from_folder(folder.path(), &chat_template(), None).unwrap().eos().to_vec();
+    let eos = || Encoder::from_folder(folder.path(), &chat_template(), None).unwrap().eos;
     folder.write("config.json", r#"{"eos_token_id": 7}"#);
     assert_eq!(eos(), [EOS, 7]);
     folder.write("generation_config.json", r#"{"eos_token_id": [258, 257]}"#);

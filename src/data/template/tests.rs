@@ -14,7 +14,7 @@ fn tokens() -> TokenNames {
 fn render(source: &str) -> Result<String, String> {
     let template = ChatTemplate::new(Path::new("t.jinja"), source, tokens()).map_err(|e| e.to_string())?;
     let chat = messages(&[(Role::System, "S"), (Role::User, " 'a' <b> & "), (Role::Assistant, "x\ny")]);
-    template.render(&chat, false).map_err(|e| e.to_string())
+    template.render(&chat, Continue::No).map_err(|e| e.to_string())
 }
 
 #[test]
@@ -88,7 +88,9 @@ fn the_file_wins_over_the_configuration_and_default_over_other_names() {
     let rendered = |config: &str| {
         let config = serde_json::from_str(config).unwrap();
         let template = ChatTemplate::from_folder(folder.path(), &config, tokens()).map_err(|e| e.to_string())?;
-        template.map(|t| t.render(&messages(&[(Role::User, "q")]), true).map_err(|e| e.to_string())).transpose()
+        template
+            .map(|t| t.render(&messages(&[(Role::User, "q")]), Continue::Answer).map_err(|e| e.to_string()))
+            .transpose()
     };
     assert_eq!(rendered("{}"), Ok(None));
     assert_eq!(rendered(r#"{"chat_template": null}"#), Ok(None));
