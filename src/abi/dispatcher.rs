@@ -5,7 +5,7 @@
 
 use std::ffi::{CString, c_char, c_void};
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 type Handle = *mut c_void;
 
@@ -42,6 +42,15 @@ pub fn fused_adamw(
     grad_scale: Option<&Tensor>,
     adamw: AdamW,
 ) {
+    let good = |list: &[Tensor]| {
+        let fits = |(t, like): (&Tensor, &Tensor)| {
+            t.size() == like.size() && t.kind() == Kind::Float && t.is_contiguous() && t.device() == like.device()
+        };
+        list.len() == params.len() && list.iter().zip(params).all(fits)
+    };
+    assert!([params, grads, first, second].into_iter().all(good), "invariant: contiguous f32 tensors of equal shapes");
+    let scalar = |t: &Tensor| t.numel() == 1 && t.kind() == Kind::Float;
+    assert!(steps.len() == params.len() && steps.iter().chain(grad_scale).all(scalar), "invariant: f32 scalars");
     let float = |x: f64| x.to_bits();
     let scale = grad_scale.map_or(0, |scale| some(handle(scale)));
     let mut stack = [

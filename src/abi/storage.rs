@@ -37,9 +37,9 @@ extern "C" fn drop_map(_data: *mut c_void, ctx: *mut c_void) {
 /// inside the map or not aligned to the element.
 pub fn map_tensor(map: &Arc<Mmap>, offset: usize, shape: &[i64], kind: Kind) -> Tensor {
     let size = kind.elt_size_in_bytes();
-    let bytes = shape.iter().product::<i64>() as usize * size;
+    let bytes = shape.iter().try_fold(size, |bytes, &n| bytes.checked_mul(usize::try_from(n).ok()?));
     assert!(
-        offset.checked_add(bytes).is_some_and(|end| end <= map.len()),
+        bytes.and_then(|bytes| offset.checked_add(bytes)).is_some_and(|end| end <= map.len()),
         "invariant: the tensor lies inside the file"
     );
     assert!(offset.is_multiple_of(size), "invariant: the tensor is aligned");

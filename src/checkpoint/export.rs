@@ -11,7 +11,6 @@ use tch::{Device, Kind, Tensor};
 
 use super::CheckpointError;
 use super::tensor_file::{Spec, Writer};
-use crate::abi::slices;
 use crate::dist::World;
 use crate::model::sharding::{Class, ParamId, Piece, Table};
 
@@ -73,7 +72,7 @@ pub fn export(
             // one copy of the model is enough: the first data-parallel row gathers over its tensor-parallel ranks
             if world.mesh.dp_rank() == 0 {
                 let whole = assemble(tensor, values, options.kind, world);
-                if let Some(writer) = &mut writer {
+                if let (Some(writer), Some(whole)) = (&mut writer, whole) {
                     writer.append(&whole)?;
                     written.insert(tensor.spec.name.clone(), name.clone());
                 }
@@ -133,31 +132,35 @@ fn split(outgoing: &[Outgoing], max_bytes: usize) -> Vec<std::ops::Range<usize>>
     files
 }
 
-/// The whole tensor from the ranks' boxes; complete on every rank of the tensor-parallel group.
-fn assemble(tensor: &Outgoing, values: &Tensor, kind: Kind, world: &World) -> Tensor {
-    let mine: Vec<u8> = tensor.pieces[world.mesh.tp_rank()]
-        .iter()
-        .flat_map(|piece| {
-            let part = values.narrow(0, piece.row, piece.size[0]).to_kind(kind).contiguous();
-            slices::bytes(&part).to_vec()
-        })
-        .collect();
-    let whole = Tensor::zeros(&tensor.spec.shape, (kind, Device::Cpu));
-    for (pieces, bytes) in tensor.pieces.iter().zip(world.tp.gather_bytes(&mine)) {
-        let mut rest = bytes.as_slice();
+/// The whole tensor from the ranks' boxes, on the first rank. All ranks of the tensor-parallel group call it.
+fn assemble(tensor: &Outgoing, values: &Tensor, kind: Kind, world: &World) -> Option<Tensor> {
+    let elements = |pieces: &[Piece]| pieces.iter().map(|piece| piece.size.iter().product::<i64>()).sum::<i64>();
+    let largest = tensor.pieces.iter().map(|pieces| elements(pieces)).max().unwrap_or(0);
+    let mine = Tensor::zeros([largest], (kind, Device::Cpu));
+    let mut at = 0;
+    for piece in &tensor.pieces[world.mesh.tp_rank()] {
+        let part = values.narrow(0, piece.row, piece.size[0]).reshape([-1]);
+        mine.narrow(0, at, part.size()[0]).copy_(&part);
+        at += part.size()[0];
+    }
+    let all = world.tp.all_gather(&mine);
+    if !world.is_first() {
+        return None;
+    }
+    let whole = Tensor::empty(&tensor.spec.shape, (kind, Device::Cpu));
+    for (rank, pieces) in tensor.pieces.iter().enumerate() {
+        let mut at = rank as i64 * largest;
         for piece in pieces {
-            let mut part = Tensor::empty(&piece.size, (kind, Device::Cpu));
-            let (head, tail) = rest.split_at(slices::bytes(&part).len());
-            slices::bytes_mut(&mut part).copy_from_slice(head);
-            rest = tail;
+            let len = piece.size.iter().product::<i64>();
             let mut target = whole.shallow_clone();
             for (dim, (&start, &len)) in piece.offset.iter().zip(&piece.size).enumerate() {
                 target = target.narrow(dim as i64, start, len);
             }
-            target.copy_(&part);
+            target.copy_(&all.narrow(0, at, len).view(piece.size.as_slice()));
+            at += len;
         }
     }
-    whole
+    Some(whole)
 }
 
 fn file_name(index: usize, count: usize) -> String {

@@ -95,7 +95,7 @@ pub struct Parallel {
     pub sequence_parallel: bool,
     /// Shard master weights and optimizer state over the data-parallel ranks (ZeRO-1).
     pub zero: bool,
-    /// Size of one gradient bucket, the unit of data-parallel traffic. Unit: MiB of f32 gradients on one rank.
+    /// Least size of one gradient bucket, the unit of data-parallel traffic; half blocks are never cut. Unit: MiB of f32 gradients on one rank.
     pub bucket_mib: f64,
 }
 

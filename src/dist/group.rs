@@ -131,10 +131,17 @@ impl Group {
     ///
     /// All ranks of the group call it, and wait in the same order.
     pub fn reduce_scatter(&self, input: &Tensor) -> Pending {
+        if self.transport.is_none() {
+            return Pending(State::Done(input.shallow_clone()));
+        }
+        self.reduce_scatter_into(input, self.part(input))
+    }
+
+    /// As [`Self::reduce_scatter`] into `output`, which may be this rank's part of `input` itself.
+    pub fn reduce_scatter_into(&self, input: &Tensor, output: Tensor) -> Pending {
         let Some(transport) = &self.transport else {
             return Pending(State::Done(input.shallow_clone()));
         };
-        let output = self.part(input);
         let ticket = self.timed("reduce_scatter", input, || transport.reduce_scatter(input.contiguous(), output));
         let what = format!("reduce_scatter on {}", self.axis);
         Pending(State::Open { ticket, what, watchdog: self.watchdog.clone(), traffic: Rc::clone(&self.traffic) })

@@ -213,7 +213,9 @@ impl Ticket for Brought {
         let all = self.meeting.take(self.round);
         let size = slices::bytes(&self.output).len();
         let rank = self.fault.1;
-        combine(&all, rank * size..(rank + 1) * size, &self.output, Reduce::Sum, self.fault)
+        let mut output = self.output;
+        output.copy_(&combine(&all, rank * size..(rank + 1) * size, &output, Reduce::Sum, self.fault));
+        output
     }
 }
 

@@ -1,6 +1,5 @@
 //! Ends the process when it waits for others longer than agreed: a hang becomes a message.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,6 @@ pub struct Watchdog {
 
 struct State {
     waiting: Mutex<Option<Wait>>,
-    stop: AtomicBool,
     deadline: Mutex<Duration>,
 }
 
@@ -25,7 +23,7 @@ struct Wait {
 impl Watchdog {
     /// A watchdog that only remembers.
     pub fn new(deadline: Duration) -> Self {
-        let state = State { waiting: Mutex::new(None), stop: AtomicBool::new(false), deadline: Mutex::new(deadline) };
+        let state = State { waiting: Mutex::new(None), deadline: Mutex::new(deadline) };
         Self { state: Arc::new(state) }
     }
 
@@ -36,9 +34,6 @@ impl Watchdog {
         let state = Arc::downgrade(&self.state);
         std::thread::spawn(move || {
             while let Some(state) = state.upgrade() {
-                if state.stop.load(Ordering::Relaxed) {
-                    return;
-                }
                 let waiting = lock(&state.waiting).clone();
                 let deadline = *lock(&state.deadline);
                 if let Some(wait) = waiting.filter(|wait| wait.since.elapsed() > deadline) {

@@ -52,7 +52,7 @@ pub(super) fn forward(
     keep: Keep,
 ) -> (Tensor, Option<AttentionTape>) {
     let params = &model.table.layers[layer];
-    let rest = inside(model, weights, layer, batch, &x);
+    let (rest, _) = inside(model, weights, layer, batch, &x);
     let partial = rest.mixed.matmul(&weights.get(params.output).tr());
     let mut y = model.reduce_tokens(partial);
     let _ = y.g_add_(&x);
@@ -76,7 +76,13 @@ pub(super) fn backward(
 ) {
     let params = &model.table.layers[layer];
     let AttentionTape { x, rest } = tape;
-    let rest = rest.unwrap_or_else(|| inside(model, weights, layer, batch, &x));
+    let (rest, normed) = match rest {
+        Some(rest) => (rest, None),
+        None => {
+            let (rest, normed) = inside(model, weights, layer, batch, &x);
+            (rest, Some(normed))
+        }
+    };
     let d_output = model.gather_tokens(grad.shallow_clone());
     let d_mixed = d_output.matmul(weights.get(params.output));
     sink.product(params.output, &d_output, &rest.mixed);
@@ -87,8 +93,8 @@ pub(super) fn backward(
         attention_core::backward(&d_mixed, &inputs(model, &projected), &mixed, normalisers, &batch.sequences, shape);
     drop((d_mixed, mixed));
     let d_qkv = unproject(model, weights, params, batch, projected, d_qkv, sink);
-    let normed = rms_norm::apply(&x, weights.get(params.attention_norm), &rstd);
-    sink.product(params.qkv, &d_qkv, &model.gather_tokens(normed));
+    let again = || model.gather_tokens(rms_norm::apply(&x, weights.get(params.attention_norm), &rstd));
+    sink.product(params.qkv, &d_qkv, &normed.unwrap_or_else(again));
     if let Some(bias) = params.qkv_bias {
         sink.vector(bias, &d_qkv.sum_dim_intlist(0i64, false, Kind::Float));
     }
@@ -98,7 +104,8 @@ pub(super) fn backward(
     sink.complete(attention_unit(layer));
 }
 
-fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &Tensor) -> Rest {
+/// Up to the mixed values, and all tokens after the norm.
+fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &Tensor) -> (Rest, Tensor) {
     let params = &model.table.layers[layer];
     let (normed, rstd) = rms_norm::forward(x, weights.get(params.attention_norm), model.arch.norm_eps);
     let normed = model.gather_tokens(normed);
@@ -109,7 +116,7 @@ fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &T
     let projected = project(model, weights, params, batch, qkv);
     let (mixed, normalisers) =
         attention_core::forward(&inputs(model, &projected), &batch.sequences, core_shape(model, layer));
-    Rest { rstd, projected, mixed, normalisers }
+    (Rest { rstd, projected, mixed, normalisers }, normed)
 }
 
 /// Norms (where the model has them) and rotation of q and k.

@@ -287,4 +287,55 @@ mod tests {
             }
         }
     }
+
+    /// Long sequences beside a short one, in the kinds that models compute in, with and without a window and shared heads.
+    #[test]
+    fn long_sequences_match_plain_attention() {
+        tch::manual_seed(7);
+        let sequences = [(0, 1100), (1100, 40), (1140, 1300)];
+        let tokens = 2448; // eight belong to nobody
+        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 2e-2)] {
+            for (kv_heads, window) in [(2, None), (1, Some(700))] {
+                let shape = Shape { q_heads: 2, kv_heads, head_dim: 8, window };
+                let row = (2 + 2 * kv_heads) * 8;
+                let qkv = Tensor::randn([tokens, row], (Kind::Double, Device::Cpu)).to_kind(kind);
+                let grad = Tensor::randn([tokens, 16], (Kind::Double, Device::Cpu)).to_kind(kind);
+                let leaf = qkv.to_kind(Kind::Double).set_requires_grad(true);
+                let heads = leaf.view([tokens, 2 + 2 * kv_heads, 8]);
+                let want = masked(&heads, &sequences, kv_heads, window);
+                let loss = (&want * grad.narrow(0, 0, 2440).to_kind(Kind::Double)).sum(Kind::Double);
+                let d_want = Tensor::run_backward(&[loss], &[&leaf], false, false).remove(0);
+                tch::no_grad(|| {
+                    let inputs = Projections { q: (&qkv, 0), k: (&qkv, 16), v: (&qkv, 16 + 8 * kv_heads) };
+                    let (out, log_sums) = forward(&inputs, &sequences, shape);
+                    let d_qkv = backward(&grad, &inputs, &out, log_sums, &sequences, shape);
+                    for (got, want) in [(&out.narrow(0, 0, 2440), &want), (&d_qkv, &d_want)] {
+                        let distance = f64::try_from((got.to_kind(Kind::Double) - want).norm()).unwrap();
+                        let error = distance / f64::try_from(want.norm()).unwrap();
+                        assert!(error < tolerance, "{kind:?} {kv_heads} {window:?}: {error:e}");
+                    }
+                });
+            }
+        }
+    }
+
+    /// Attention with a whole mask a sequence: `[tokens, q_heads * head_dim]`.
+    fn masked(heads: &Tensor, sequences: &[(i64, i64)], kv_heads: i64, window: Option<i64>) -> Tensor {
+        let q_heads = heads.size()[1] - 2 * kv_heads;
+        let head_dim = heads.size()[2];
+        let rows: Vec<Tensor> = sequences
+            .iter()
+            .map(|&(start, len)| {
+                let part = |first: i64, count: i64| heads.narrow(0, start, len).narrow(1, first, count).transpose(0, 1);
+                let spread = |t: Tensor| t.repeat_interleave_self_int(q_heads / kv_heads, 0, None);
+                let (k, v) = (spread(part(q_heads, kv_heads)), spread(part(q_heads + kv_heads, kv_heads)));
+                let seen =
+                    Tensor::ones([len, len], (Kind::Bool, heads.device())).tril(0).triu(1 - window.unwrap_or(len));
+                let scores = part(0, q_heads).matmul(&k.transpose(1, 2)) / (head_dim as f64).sqrt();
+                let p = scores.masked_fill(&seen.logical_not(), f64::NEG_INFINITY).softmax(-1, Kind::Double);
+                p.matmul(&v).transpose(0, 1).reshape([len, q_heads * head_dim])
+            })
+            .collect();
+        Tensor::cat(&rows, 0)
+    }
 }

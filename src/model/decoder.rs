@@ -2,7 +2,7 @@
 //!
 //! A decoder layer is two half blocks, `x + attention(norm(x))` and `x + mlp(norm(x))`. Forward keeps of each what the
 //! recompute policy says; backward walks them in reverse, one explicit vector-Jacobian product each. The tensor-parallel
-//! collectives stand between the products, in plain sight, and no half block's collective is repeated by a recompute.
+//! collectives stand between the products, in plain sight; a recompute costs none that a backward without it has not.
 
 use std::rc::Rc;
 

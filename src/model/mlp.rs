@@ -30,7 +30,7 @@ pub(super) fn forward(
     keep: Keep,
 ) -> (Tensor, Option<MlpTape>) {
     let params = &model.table.layers[layer];
-    let rest = inside(model, weights, layer, &x);
+    let (rest, _) = inside(model, weights, layer, &x);
     let partial = swiglu::forward(&rest.gate_up).matmul(&weights.get(params.down).tr());
     let mut y = model.reduce_tokens(partial);
     let _ = y.g_add_(&x);
@@ -53,25 +53,32 @@ pub(super) fn backward(
 ) {
     let params = &model.table.layers[layer];
     let MlpTape { x, rest } = tape;
-    let Rest { rstd, gate_up } = rest.unwrap_or_else(|| inside(model, weights, layer, &x));
+    let (Rest { rstd, gate_up }, normed) = match rest {
+        Some(rest) => (rest, None),
+        None => {
+            let (rest, normed) = inside(model, weights, layer, &x);
+            (rest, Some(normed))
+        }
+    };
     let d_down = model.gather_tokens(grad.shallow_clone());
     let d_activation = d_down.matmul(weights.get(params.down));
     let (d_gate_up, activation) = swiglu::backward(&d_activation, &gate_up);
     drop((gate_up, d_activation));
     sink.product(params.down, &d_down, &activation);
     drop((d_down, activation));
-    let normed = rms_norm::apply(&x, weights.get(params.mlp_norm), &rstd);
-    sink.product(params.gate_up, &d_gate_up, &model.gather_tokens(normed));
+    let again = || model.gather_tokens(rms_norm::apply(&x, weights.get(params.mlp_norm), &rstd));
+    sink.product(params.gate_up, &d_gate_up, &normed.unwrap_or_else(again));
     let d_normed = model.reduce_tokens(d_gate_up.matmul(weights.get(params.gate_up)));
     let d_norm = rms_norm::backward(grad, &d_normed, &x, weights.get(params.mlp_norm), &rstd);
     sink.vector(params.mlp_norm, &d_norm);
     sink.complete(mlp_unit(layer));
 }
 
-/// Up to the activation; the down product is not needed again in backward.
-fn inside(model: &Decoder, weights: &Weights, layer: usize, x: &Tensor) -> Rest {
+/// Up to the activation, and all tokens after the norm; the down product is not needed again in backward.
+fn inside(model: &Decoder, weights: &Weights, layer: usize, x: &Tensor) -> (Rest, Tensor) {
     let params = &model.table.layers[layer];
     let (normed, rstd) = rms_norm::forward(x, weights.get(params.mlp_norm), model.arch.norm_eps);
-    let gate_up = model.gather_tokens(normed).matmul(&weights.get(params.gate_up).tr());
-    Rest { rstd, gate_up }
+    let normed = model.gather_tokens(normed);
+    let gate_up = normed.matmul(&weights.get(params.gate_up).tr());
+    (Rest { rstd, gate_up }, normed)
 }

@@ -44,6 +44,9 @@ pub enum Class {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Param {
     pub shape: Vec<i64>,
+    /// Elements of the largest shard on any rank: the vocabulary may not divide evenly, and what all ranks decide alike must not
+    /// depend on their own shard.
+    pub largest: i64,
     pub class: Class,
     /// The half block whose backward completes the gradient; see [`Table::num_units`].
     pub unit: usize,
@@ -205,7 +208,8 @@ impl Builder<'_> {
     }
 
     fn push(&mut self, shape: Vec<i64>, class: Class, unit: usize, pieces: Vec<Piece>) -> ParamId {
-        self.params.push(Param { shape, class, unit, pieces });
+        let largest = shape.iter().product();
+        self.params.push(Param { shape, largest, class, unit, pieces });
         self.params.len() - 1
     }
 
@@ -214,7 +218,9 @@ impl Builder<'_> {
         let size = vec![vocab.end - vocab.start, self.arch.hidden];
         let shape = vec![self.arch.vocab, self.arch.hidden];
         let piece = Piece { name: name.to_owned(), shape, offset: vec![vocab.start, 0], size: size.clone(), row: 0 };
-        self.push(size, Class::Matrix, unit, vec![piece])
+        let id = self.push(size, Class::Matrix, unit, vec![piece]);
+        self.params[id].largest = part(self.arch.vocab as usize, self.tp as usize, 0).len() as i64 * self.arch.hidden;
+        id
     }
 
     /// A vector that every rank holds whole.

@@ -22,18 +22,27 @@ const MARK: &str = "# Resolved configuration of a run, written by dunlearn.\n";
 const RESULTS: [&str; 4] = ["summary.json", "metrics.jsonl", "logs", "model"];
 
 impl RunFolder {
-    /// Refuses a folder in which something would be lost. Touches nothing; needs no other rank.
+    /// Refuses a folder in which something would be lost. Touches nothing. All ranks call it.
+    ///
+    /// Only the first rank looks: on a network file system, what another host has looked for and not found stays invisible
+    /// to it for a while.
     ///
     /// # Errors
-    /// The folder has files of a run's names that no run has written; it holds the model that is to be read; or it holds the
+    /// On all ranks. The folder has files of a run's names that no run has written; it holds the model that is to be read; or it holds the
     /// results of a run, finished or not, and `overwrite` is not set.
-    pub fn check(config: &Config, overwrite: bool) -> Result<(), RunError> {
+    pub fn check(config: &Config, overwrite: bool, world: &World) -> Result<(), RunError> {
+        let reason = if world.is_first() { Self::objection(config, overwrite) } else { None };
+        let reason = world.world.broadcast_bytes(reason.unwrap_or_default().as_bytes(), 0);
+        if reason.is_empty() { Ok(()) } else { Err(RunError::Refused(String::from_utf8_lossy(&reason).into_owned())) }
+    }
+
+    /// Why the run must not write into its folder.
+    fn objection(config: &Config, overwrite: bool) -> Option<String> {
         let folder = &config.run.dir;
-        let refuse = |text: String| Err(RunError::Refused(text));
         if let (Ok(model), Ok(target)) = (config.model.path.canonicalize(), folder.join("model").canonicalize())
             && (model.starts_with(&target) || target.starts_with(&model))
         {
-            return refuse(format!(
+            return Some(format!(
                 "run.dir: the run would write its model over the one that it reads, {}; choose another run.dir",
                 config.model.path.display()
             ));
@@ -42,7 +51,7 @@ impl RunFolder {
             std::fs::read_to_string(folder.join("config.toml")).is_ok_and(|text| text.starts_with(MARK));
         let found = RESULTS.iter().chain(&["config.toml", "cache"]).find(|name| folder.join(name).exists());
         if let Some(name) = found.filter(|_| !written_by_us) {
-            return refuse(format!(
+            return Some(format!(
                 "run.dir: {} exists and was not written by a run; choose another run.dir, or move it away",
                 folder.join(name).display()
             ));
@@ -51,13 +60,11 @@ impl RunFolder {
         let steps = metrics.lines().filter(|line| line.contains("\"loss\"")).count();
         let what = match (folder.join("summary.json").exists(), steps) {
             (true, _) => "a finished run".to_owned(),
-            (false, 0) => return Ok(()),
+            (false, 0) => return None,
             (false, steps) => format!("a run that stopped after {steps} steps"),
         };
-        if overwrite {
-            return Ok(());
-        }
-        refuse(format!("{} holds {what}; choose another run.dir or pass --overwrite", folder.display()))
+        let advice = || format!("{} holds {what}; choose another run.dir or pass --overwrite", folder.display());
+        (!overwrite).then(advice)
     }
 
     /// Makes the folder without results of an earlier run, writes the resolved configuration and opens this rank's log file.

@@ -45,13 +45,17 @@ pub struct Context {
     pub fault: Option<Fault>,
 }
 
+/// Longest wait for a rank that reads or writes files.
+const FILES_DEADLINE: Duration = Duration::from_secs(3600);
+
 /// Runs to the end. All ranks call it; the summary is the same on all.
 pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let Context { world, console, fault, .. } = &context;
     let strike = |phase| Fault::strike(*fault, phase, world.mesh.rank);
-    // loading and exporting take as long as the disk needs; only training has a deadline
-    world.watchdog.set_deadline(Duration::MAX);
-    RunFolder::check(config, context.overwrite)?;
+    // ranks may read and write files for very different times
+    let timeout = Duration::from_secs(config.run.timeout);
+    world.watchdog.set_deadline(timeout.max(FILES_DEADLINE));
+    RunFolder::check(config, context.overwrite, world)?;
     tracing::info!("dunlearn {}: {}", env!("CARGO_PKG_VERSION"), config.run.dir.display());
     let (mesh, threads) = (world.mesh, tch::get_num_threads());
     let ranks = format!("{} ranks (tp {} x dp {}), {threads} threads each", mesh.world(), mesh.tp, mesh.dp);
@@ -88,11 +92,11 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
         gradients,
         optimizer,
     };
+    world.watchdog.set_deadline(timeout);
     let start = Instant::now();
     let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
     let reference_seconds = start.elapsed().as_secs_f64();
     let mut evaluations = Evaluations::default();
-    world.watchdog.set_deadline(Duration::from_secs(config.run.timeout));
     if config.eval.before {
         strike(Phase::Eval)?;
         evaluations.before = evaluate(config, &inputs, &trainer, forward, world, console);
@@ -152,7 +156,7 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
         evaluations.after = evaluate(config, &inputs, &trainer, forward, world, console);
         metrics.write(&json!({ "step": steps, "eval": evaluations.after }))?;
     }
-    world.watchdog.set_deadline(Duration::MAX);
+    world.watchdog.set_deadline(timeout.max(FILES_DEADLINE));
     if config.export.model {
         strike(Phase::Export)?;
         export_model(config, &inputs, &trainer, world, console, &folder)?;

@@ -134,7 +134,8 @@ impl GradientBuffers {
             self.tp.all_reduce(&mut partial, Reduce::Sum);
         }
         let pending = if self.sharded {
-            self.dp.reduce_scatter(flat)
+            // the sum takes the place of this rank's own share of it
+            self.dp.reduce_scatter_into(flat, flat.narrow(0, bucket.own.start as i64, bucket.own.len() as i64))
         } else {
             let mut sum = flat.shallow_clone();
             self.dp.all_reduce(&mut sum, Reduce::Sum);

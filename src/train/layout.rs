@@ -41,7 +41,8 @@ impl Layout {
         for unit in (0..table.num_units()).rev() {
             for (id, param) in table.params.iter().enumerate().filter(|(_, param)| param.unit == unit) {
                 open.push(id);
-                elements += param.num_elements() as usize;
+                // the same on all tensor-parallel ranks, whose collectives go bucket by bucket
+                elements += param.largest as usize;
             }
             if !open.is_empty() && (elements >= bucket_elements || unit == 0) {
                 let bucket = close(table, std::mem::take(&mut open), unit, owners, owner);

@@ -181,7 +181,10 @@ pub(super) fn window(config: &ConfigJson) -> Result<Option<i64>, ModelError> {
 /// Which layers slide: `layer_types` where it is given, else those from `max_window_layers` on, and none at all unless
 /// `use_sliding_window`.
 pub(super) fn layered_windows(config: &ConfigJson, num_layers: usize) -> Result<Vec<Option<i64>>, ModelError> {
-    let window = if config.flag("use_sliding_window")? { window(config)? } else { None };
+    let use_window = config.flag("use_sliding_window")?;
+    // transformers' defaults of these keys, sliding_window = 4096 and max_window_layers = 28, where the file has none
+    let given = if config.mentions("sliding_window") { window(config)? } else { Some(4096) };
+    let window = given.filter(|_| use_window);
     if let Some(types) = config.words("layer_types")? {
         if types.len() != num_layers {
             let reason = format!("layer_types has {} entries, expected {num_layers} (num_hidden_layers)", types.len());
@@ -197,6 +200,6 @@ pub(super) fn layered_windows(config: &ConfigJson, num_layers: usize) -> Result<
             })
             .collect();
     }
-    let first = config.integer("max_window_layers")?.unwrap_or(0) as usize;
+    let first = config.integer("max_window_layers")?.unwrap_or(28) as usize;
     Ok((0..num_layers).map(|layer| if layer >= first { window } else { None }).collect())
 }

@@ -30,7 +30,10 @@ pub const FAMILIES: &[Family] = &[llama::FAMILY, mistral::FAMILY, phi3::FAMILY, 
 /// The architecture of a model folder. What is not supported is named with key and value.
 pub fn read(folder: &Path) -> Result<Architecture, ModelError> {
     let config = ConfigJson::read(folder)?;
-    let known = || FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ");
+    let known = || {
+        let each = FAMILIES.iter().map(|family| format!("{} ({})", family.model_type, family.covers));
+        each.collect::<Vec<_>>().join(", ")
+    };
     let name = config
         .text("model_type")
         .ok_or_else(|| config.refuse(format!("model_type is missing; expected one of {}", known())))?;
