@@ -4,11 +4,13 @@
 
 mod data;
 mod defaults;
+mod error;
 mod load;
 mod schema;
 mod validate;
 mod words;
 
 pub use data::{Fields, Kind, Source, Template, TemplateName};
-pub use load::{ConfigError, digest, from_file, from_str, json_schema, to_toml};
+pub use error::ConfigError;
+pub use load::{digest, from_file, from_str, json_schema, to_toml};
 pub use schema::*;

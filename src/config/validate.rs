@@ -1,7 +1,7 @@
 //! Refusals that the types cannot express: values out of range, keys without effect, keys that a method needs.
 
 use super::data::Kind;
-use super::load::ConfigError;
+use super::error::ConfigError;
 use super::schema::{Compat, Config, Dp, Eval, Export, Method, Objective, Optimizer, OptimizerName, Retain};
 
 /// Checks what one key says against what the others say.

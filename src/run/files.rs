@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System};
 
+use super::process::libraries;
 use super::summary::Summary;
 use super::{Context, RunError};
 use crate::config::{self, Config};
@@ -139,24 +139,6 @@ impl RunFolder {
         world.world.barrier();
         Ok(())
     }
-}
-
-/// Versions of what this process runs on.
-pub fn libraries(context: &Context) -> serde_json::Value {
-    json!({ "libtorch": "2.11.0", "tch": "0.24.0", "mpi": context.mpi_version })
-}
-
-/// Seconds since 1970.
-pub fn unix_seconds() -> f64 {
-    std::time::UNIX_EPOCH.elapsed().map_or(0.0, |time| time.as_secs_f64())
-}
-
-/// Memory of this process at the moment.
-pub fn resident_bytes() -> u64 {
-    let (Ok(pid), Ok(mut system)) = (sysinfo::get_current_pid(), System::new()) else { return 0 };
-    let memory = ProcessRefreshKind::nothing().with_memory();
-    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, memory);
-    system.process(pid).map_or(0, sysinfo::Process::memory)
 }
 
 fn remove_if_there(path: &Path) -> std::io::Result<()> {

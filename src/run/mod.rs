@@ -4,6 +4,7 @@ mod error;
 mod fault;
 mod files;
 mod inputs;
+mod process;
 mod reference;
 mod summary;
 
@@ -58,8 +59,8 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     RunFolder::check(config, context.overwrite, world)?;
     tracing::info!("dunlearn {}: {}", env!("CARGO_PKG_VERSION"), config.run.dir.display());
     let (mesh, threads) = (world.mesh, tch::get_num_threads());
-    let ranks = format!("{} ranks (tp {} x dp {}), {threads} threads each", mesh.world(), mesh.tp, mesh.dp);
-    tracing::info!("{ranks}, on CPUs: this version has no GPU backend");
+    let ranks = format!("ranks: {} (tp {} x dp {}), CPU threads of each: {threads}", mesh.world(), mesh.tp, mesh.dp);
+    tracing::info!("{ranks}; this version has no GPU backend");
     tracing::debug!("{mesh}");
     let mut inputs = Inputs::read(config, world)?;
     strike(Phase::Load)?;
@@ -133,8 +134,8 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
             "tokens_per_s": work.tokens as f64 / report.seconds,
             "step_s": report.seconds,
             "comm_s": comm_seconds(world) - traffic,
-            "rss_bytes": files::resident_bytes(),
-            "time": files::unix_seconds(),
+            "rss_bytes": process::resident_bytes(),
+            "time": process::unix_seconds(),
         });
         for (name, value) in trainer.method.forget.numbers().iter().zip(&report.numbers) {
             line[name] = json!(value);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{Context, Inputs, files};
+use super::{Context, Inputs, process};
 use crate::abi::host;
 use crate::config::{self, Config};
 use crate::data::Stats;
@@ -121,7 +121,7 @@ impl Summary {
             },
             device: "cpu",
             precision: config.train.precision,
-            libraries: files::libraries(context),
+            libraries: process::libraries(context),
             data: inputs.sets().into_iter().map(|(name, set)| (name.to_owned(), set.stats.clone())).collect(),
             steps: timing.steps,
             seconds: context.started.elapsed().as_secs_f64(),
