@@ -75,6 +75,17 @@ pub(super) fn with_the_launcher(rank: usize) {
     });
 }
 
+/// An error with its causes; our own messages have the cause in them already.
+pub(super) fn in_words(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// Rank 0 speaks at once; the others give it time to speak for all, because most errors are found by all ranks alike.
 fn say(rank: usize, message: &str) {
     if rank > 0 {

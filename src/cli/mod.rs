@@ -58,7 +58,7 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => ending::refuse(launched.rank, &format!("{error:#}")),
+        Err(error) => ending::refuse(launched.rank, &ending::in_words(&error)),
     }
 }
 

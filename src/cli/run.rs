@@ -26,7 +26,7 @@ pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyho
     ending::on_panic_end_the_job(launched.rank);
     let ranks = Ranks::start(launched)?;
     if let Err(error) = body(&ranks) {
-        ending::end_job(launched.rank, &format!("{error:#}"));
+        ending::end_job(launched.rank, &ending::in_words(&error));
     }
     Ok(())
 }

@@ -31,7 +31,7 @@ pub fn from_str(text: &str, name: &str, overrides: &[String]) -> Result<Config, 
             let original = toml::from_str::<Config>(text).err();
             match original {
                 Some(first) if first.message() == error.message() => parse_error(&first, text, name),
-                _ => parse_error(&error, &merged, &format!("{name} with --set {}", overrides.join(" --set "))),
+                _ => override_error(&error, &merged, &format!("{name} with --set {}", overrides.join(" --set "))),
             }
         })?
     };
@@ -84,6 +84,17 @@ fn parse_value(text: &str) -> toml::Value {
         .unwrap_or_else(|| toml::Value::String(text.to_owned()))
 }
 
+/// As [`parse_error`] for text that no user has seen: the line itself says where.
+fn override_error(error: &toml::de::Error, merged: &str, name: &str) -> ConfigError {
+    let start = error.span().map_or(0, |span| span.start.min(merged.len()));
+    let line = merged[..start].matches('\n').count();
+    let place = match merged.lines().nth(line) {
+        Some(text) if start > 0 => format!("{name}: `{}`", text.trim()),
+        _ => name.to_owned(),
+    };
+    ConfigError::Parse { place, message: in_words(error) }
+}
+
 /// Turns a parser's error into one line with place, message and the nearest known key.
 fn parse_error(error: &toml::de::Error, text: &str, name: &str) -> ConfigError {
     let place = match error.span() {
@@ -95,11 +106,19 @@ fn parse_error(error: &toml::de::Error, text: &str, name: &str) -> ConfigError {
         }
         _ => name.to_owned(),
     };
+    ConfigError::Parse { place, message: in_words(error) }
+}
+
+/// A parser's message without names of Rust's types, with the nearest known key.
+fn in_words(error: &toml::de::Error) -> String {
     let mut message = error.message().trim().replace('\n', " ");
+    for (name, words) in [("usize", "a whole number"), ("u64", "a whole number"), ("f64", "a number")] {
+        message = message.replace(&format!("expected {name}"), &format!("expected {words}"));
+    }
     if let Some(hint) = nearest_key(&message) {
         message.push_str(&format!("; did you mean `{hint}`?"));
     }
-    ConfigError::Parse { place, message }
+    message
 }
 
 /// From "unknown field `a`, expected one of `b`, `c`" the expected word nearest to `a`.

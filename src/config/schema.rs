@@ -39,7 +39,7 @@ pub struct Run {
     /// Seed of everything random: initial weights and the order of the data.
     #[serde(default)]
     pub seed: u64,
-    /// `auto` or `cpu`.
+    /// `auto` or `cpu`; this version computes on CPUs and refuses `cuda`.
     #[serde(default)]
     pub device: Device,
     /// CPU threads of one rank; 0 means `OMP_NUM_THREADS`, or else a fair share of the cores that the launcher left to it. Unit: threads.

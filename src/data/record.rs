@@ -168,7 +168,9 @@ impl Line<'_> {
         }
         let value: Value = serde_json::from_str(text).map_err(|e| {
             let hint = if e.is_eof() { "; a JSON object must stand on one line" } else { "" };
-            DataError::Json { path: path(), line, reason: format!("{e}{hint}") }
+            // the parser saw this line alone
+            let reason = e.to_string().replace(" at line 1 column ", " at column ");
+            DataError::Json { path: path(), line, reason: format!("{reason}{hint}") }
         })?;
         let Value::Object(object) = value else {
             return Err(DataError::NotObject {

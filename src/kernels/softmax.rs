@@ -112,7 +112,7 @@ vectorised! {
         let mut chunks = row.chunks_exact(LANES);
         for chunk in &mut chunks {
             for (lane, x) in lanes.iter_mut().zip(chunk) {
-                // a NaN must win, so that it reaches the guards
+                // a NaN may be lost here again; the sum of exponentials carries it to the guards
                 let x = x.get();
                 *lane = if *lane >= x { *lane } else { x };
             }

@@ -87,7 +87,7 @@ impl Decoder {
             self.clock.time(Part::Attention, run);
         }
         let grad = if self.sequence_parallel { self.tp.all_gather(&grad) } else { grad };
-        self.embed_backward(batch, &grad, sink);
+        self.clock.time(Part::Embedding, || self.embed_backward(batch, &grad, sink));
         sink.complete(0);
     }
 

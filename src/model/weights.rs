@@ -22,7 +22,7 @@ impl Weights {
 
 /// Takes the gradients as backward produces them, one half block after the other from the last to the first.
 ///
-/// The calls of one backward pass are the same, in the same order, on all ranks of a data-parallel group.
+/// All ranks of a tensor-parallel group make the same calls in the same order.
 pub trait Gradients {
     /// `dy^T x` for a matrix: `dy: [tokens, rows]`, `x: [tokens, columns]`.
     fn product(&mut self, param: ParamId, dy: &Tensor, x: &Tensor);

@@ -150,7 +150,7 @@ impl Summary {
                 [("answer probability", |s| s.probability), ("token accuracy", |s| s.token_accuracy)];
             for (metric, value) in metrics {
                 let cell = |scores: &Option<LikelihoodScores>| {
-                    scores.as_ref().map_or_else(|| "-".to_owned(), |scores| format!("{:.4}", value(scores)))
+                    scores.as_ref().map_or_else(|| "-".to_owned(), |scores| number(value(scores)))
                 };
                 rows.push(vec![format!("{name}: {metric}"), cell(&set.before), cell(&set.after)]);
             }
@@ -167,6 +167,11 @@ impl Summary {
             }
         );
     }
+}
+
+/// Four digits behind the point, or two that count where those would be zeros.
+fn number(x: f64) -> String {
+    if x != 0.0 && x.abs() < 1e-3 { format!("{x:.1e}") } else { format!("{x:.4}") }
 }
 
 fn by_set(evaluations: Evaluations) -> BTreeMap<String, BeforeAfter> {

@@ -118,12 +118,12 @@ fn mistakes_are_explained() {
     for (set, expected) in [
         (&["parallel.tp=2"][..], "start it with `mpirun -n 2`"),
         (&["run.device=cuda"], "run.device: \"cuda\" is not built in this version"),
-        (&["model.path=nowhere"], "cannot read nowhere/config.json"),
+        (&["model.path=nowhere"], "cannot read nowhere/config.json: No such file or directory (os error 2)\n"),
         (&["model.init=pretrained"], "has no weights: expected model.safetensors"),
         (&["data.forget.path=nowhere.jsonl"], "nowhere.jsonl"),
         (&["data.forget.kind=text"], "no field \"text\""),
         (&["train.steps=0"], "train.steps: is 0"),
-        (&["optimizer.lr=fast"], "invalid type: string \"fast\", expected f64"),
+        (&["optimizer.lr=fast"], "`lr = \"fast\"`: invalid type: string \"fast\", expected a number"),
     ] {
         let text = refused(set);
         assert!(text.contains(expected), "{set:?}: {text}");
