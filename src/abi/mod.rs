@@ -1,4 +1,5 @@
-//! The only room with `unsafe`: libtorch's C ABI, tensor memory as slices, raw MPI, and process-wide host settings.
+//! The only room with `unsafe`: libtorch's C ABI, tensor memory as slices, raw MPI, NCCL, and process-wide host
+//! settings.
 //!
 //! Everything that leaves this room is safe to call. It must not know what the tensors mean.
 
@@ -6,9 +7,11 @@ pub mod dispatcher;
 pub mod host;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod nccl;
 pub mod parallel;
 pub mod slices;
 pub mod storage;
+pub mod torch_cuda;
 
 /// First line of a libtorch error; the C++ backtrace behind it helps no user.
 pub fn first_line(error: &tch::TchError) -> String {

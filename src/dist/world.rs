@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use super::group::Group;
 use super::mesh::Mesh;
+use super::tcp::{Peers, Tcp};
 use super::watchdog::Watchdog;
 
 /// One rank's view of the job.
@@ -35,6 +36,32 @@ impl World {
     pub fn is_first(&self) -> bool {
         self.mesh.rank == 0
     }
+}
+
+/// The groups of a job whose ranks have met over TCP. Collective over all ranks.
+///
+/// `dp`: None means world size / tp.
+pub fn tcp_world(
+    peers: &Rc<Peers>,
+    tp: usize,
+    dp: Option<usize>,
+    watchdog: Watchdog,
+) -> Result<World, super::mesh::MeshError> {
+    let mesh = Mesh::new(peers.rank(), peers.world(), tp, dp)?;
+    let group = |axis, number: usize, members: Vec<usize>| {
+        let rank = members.iter().position(|&rank| rank == mesh.rank).expect("invariant: own groups");
+        let carrier = Tcp::new(peers, number as u32, &members);
+        Rc::new(Group::new(axis, rank, members.len(), Box::new(carrier), &watchdog))
+    };
+    let row = (0..tp).map(|i| mesh.dp_rank() * tp + i).collect();
+    let column = (0..mesh.dp).map(|i| i * tp + mesh.tp_rank()).collect();
+    Ok(World {
+        mesh,
+        world: group("world", 0, (0..mesh.world()).collect()),
+        tp: group("tp", 1 + mesh.dp_rank(), row),
+        dp: group("dp", 1 + mesh.dp + mesh.tp_rank(), column),
+        watchdog: watchdog.clone(),
+    })
 }
 
 /// The groups of an MPI job. Collective over all ranks.

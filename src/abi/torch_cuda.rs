@@ -1,0 +1,351 @@
+//! libtorch's CUDA half, loaded into a running process: one binary computes on CPUs and on GPUs.
+//!
+//! The binary is linked to `libtorch_cpu.so` alone. `libtorch_cuda.so` registers its kernels when it is loaded, which must
+//! happen before libtorch is first asked about devices; its C functions are looked up afterwards.
+
+use std::ffi::{CStr, CString, OsStr, c_char, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use tch::Tensor;
+
+type Handle = *mut c_void;
+type Status = i32;
+
+/// A CUDA stream of libtorch's; stays valid for the life of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream(pub(super) *mut c_void);
+
+struct Functions {
+    current_stream: unsafe extern "C" fn(i32, *mut *mut c_void) -> Status,
+    pool_stream: unsafe extern "C" fn(bool, i32, *mut *mut c_void) -> Status,
+    set_stream: unsafe extern "C" fn(*mut c_void, i32) -> Status,
+    synchronize_stream: unsafe extern "C" fn(*mut c_void, i32) -> Status,
+    create_guard: unsafe extern "C" fn(i32, *mut *mut c_void) -> Status,
+    flash_forward: FlashForward,
+    flash_backward: FlashBackward,
+}
+
+type FlashForward = unsafe extern "C" fn(
+    Handle,
+    Handle,
+    Handle,
+    *const Handle,
+    *const Handle,
+    i64,
+    i64,
+    f64,
+    i32,
+    i32,
+    *const f64,
+    *const i64,
+    *const i64,
+    *const Handle,
+    *const Handle,
+    *mut Handle,
+    *mut Handle,
+    *mut Handle,
+    *mut Handle,
+    *mut Handle,
+) -> Status;
+
+type FlashBackward = unsafe extern "C" fn(
+    Handle,
+    Handle,
+    Handle,
+    Handle,
+    Handle,
+    Handle,
+    Handle,
+    Handle,
+    i64,
+    i64,
+    f64,
+    i32,
+    Handle,
+    Handle,
+    *const f64,
+    *const i64,
+    *const i64,
+    *mut Handle,
+    *mut Handle,
+    *mut Handle,
+) -> Status;
+
+static FUNCTIONS: OnceLock<Result<Functions, String>> = OnceLock::new();
+
+/// Loads the library that lies beside the loaded `libtorch_cpu.so`; the second call gives the first one's answer.
+///
+/// # Errors
+/// What the dynamic linker says, in one line, with the library's path.
+pub fn load() -> Result<(), String> {
+    FUNCTIONS.get_or_init(|| load_from(&folder().join("libtorch_cuda.so"))).as_ref().map(|_| ()).map_err(Clone::clone)
+}
+
+/// The folder of the loaded `libtorch_cpu.so`.
+pub fn folder() -> PathBuf {
+    // SAFETY: `dladdr` only looks an address up; its name is a string that lives as long as the library.
+    let path = unsafe {
+        let mut info: libc::Dl_info = std::mem::zeroed();
+        if libc::dladdr(torch_call_dispatcher as *const c_void, &raw mut info) == 0 || info.dli_fname.is_null() {
+            return PathBuf::new();
+        }
+        PathBuf::from(OsStr::from_bytes(CStr::from_ptr(info.dli_fname).to_bytes()))
+    };
+    path.canonicalize().unwrap_or(path).parent().map(Path::to_path_buf).unwrap_or_default()
+}
+
+unsafe extern "C" {
+    // only its address is used; by a direct reference it would be that of this binary's own jump table
+    fn torch_call_dispatcher(op: *const c_char, overload: *const c_char, stack: *mut u64, version: u64) -> i32;
+    fn aoti_torch_empty_strided_pinned(
+        dims: i64,
+        sizes: *const i64,
+        strides: *const i64,
+        dtype: i32,
+        device_type: i32,
+        device_index: i32,
+        out: *mut Handle,
+    ) -> Status;
+}
+
+fn load_from(path: &Path) -> Result<Functions, String> {
+    let name = CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
+    // SAFETY: a library of the same libtorch that this process already runs; its initialisers register kernels.
+    let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    if library.is_null() {
+        return Err(format!("{}: {}", path.display(), dl_error()));
+    }
+    let find = |symbol: &CStr| {
+        // SAFETY: an open library and a name that ends in zero.
+        let address = unsafe { libc::dlsym(library, symbol.as_ptr()) };
+        if address.is_null() {
+            Err(format!("{} has no {}: not libtorch 2.11", path.display(), symbol.to_string_lossy()))
+        } else {
+            Ok(address)
+        }
+    };
+    // SAFETY: the types are those of libtorch 2.11's headers (stable/c/shim.h, aoti_torch/c/shim.h, generated/c_shim_cuda.h).
+    unsafe {
+        use std::mem::transmute;
+        Ok(Functions {
+            current_stream: transmute::<Handle, _>(find(c"aoti_torch_get_current_cuda_stream")?),
+            pool_stream: transmute::<Handle, _>(find(c"torch_get_cuda_stream_from_pool")?),
+            set_stream: transmute::<Handle, _>(find(c"torch_set_current_cuda_stream")?),
+            synchronize_stream: transmute::<Handle, _>(find(c"torch_cuda_stream_synchronize")?),
+            create_guard: transmute::<Handle, _>(find(c"aoti_torch_create_cuda_guard")?),
+            flash_forward: transmute::<Handle, _>(find(c"aoti_torch_cuda__flash_attention_forward")?),
+            flash_backward: transmute::<Handle, _>(find(c"aoti_torch_cuda__flash_attention_backward")?),
+        })
+    }
+}
+
+/// The dynamic linker's last complaint, without the part that every message begins with.
+fn dl_error() -> String {
+    // SAFETY: `dlerror` gives null or a string that lives until the next call of its kind on this thread.
+    unsafe {
+        let text = libc::dlerror();
+        if text.is_null() { "unknown error".to_owned() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
+    }
+}
+
+fn functions() -> &'static Functions {
+    let loaded = FUNCTIONS.get().and_then(|loaded| loaded.as_ref().ok());
+    loaded.expect("invariant: CUDA tensors exist only after libtorch_cuda was loaded")
+}
+
+/// Makes `device` the current one of this thread, for good.
+pub fn set_device(device: usize) {
+    let mut guard = std::ptr::null_mut();
+    // SAFETY: one out parameter. The guard is never deleted, so the device stays current.
+    let code = unsafe { (functions().create_guard)(device as i32, &raw mut guard) };
+    assert_eq!(code, 0, "invariant: device {device} exists");
+}
+
+/// The stream on which libtorch works now.
+pub fn current_stream(device: usize) -> Stream {
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: one out parameter.
+    let code = unsafe { (functions().current_stream)(device as i32, &raw mut stream) };
+    assert_eq!(code, 0, "invariant: a device has a current stream");
+    Stream(stream)
+}
+
+/// Another stream, for traffic beside the computation.
+pub fn stream_from_pool(device: usize) -> Stream {
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: one out parameter.
+    let code = unsafe { (functions().pool_stream)(true, device as i32, &raw mut stream) };
+    assert_eq!(code, 0, "invariant: libtorch has streams");
+    Stream(stream)
+}
+
+/// Runs `body` with `stream` as libtorch's current stream.
+pub fn on_stream<T>(stream: Stream, device: usize, body: impl FnOnce() -> T) -> T {
+    let before = current_stream(device);
+    let set = |stream: Stream| {
+        // SAFETY: a stream that libtorch gave.
+        let code = unsafe { (functions().set_stream)(stream.0, device as i32) };
+        assert_eq!(code, 0, "invariant: the stream belongs to the device");
+    };
+    set(stream);
+    let result = body();
+    set(before);
+    result
+}
+
+/// Waits on the host until everything on the stream is done.
+pub fn synchronize(stream: Stream, device: usize) {
+    // SAFETY: a stream that libtorch gave.
+    let code = unsafe { (functions().synchronize_stream)(stream.0, device as i32) };
+    assert_eq!(code, 0, "invariant: work on the device succeeds; libtorch has written its error above");
+}
+
+/// A CPU tensor of `bytes` u8 in page-locked memory, from which copies to a device run beside the host.
+pub fn pinned(bytes: usize) -> Tensor {
+    let mut out = std::ptr::null_mut();
+    let (size, stride) = (bytes as i64, 1i64);
+    // SAFETY: one dimension, u8 (scalar type 0), CPU (device type 0, index -1); the new handle is ours and is an `at::Tensor*`.
+    unsafe {
+        let code = aoti_torch_empty_strided_pinned(1, &raw const size, &raw const stride, 0, 0, -1, &raw mut out);
+        assert_eq!(code, 0, "invariant: page-locked memory can be had where CUDA was loaded");
+        Tensor::from_ptr(out.cast())
+    }
+}
+
+/// Sequences that lie one after the other in packed rows.
+pub struct Packed<'a> {
+    /// First row of each sequence and the end of the last: `[sequences + 1]` i32 on the device.
+    pub bounds: &'a Tensor,
+    /// Rows of the longest sequence.
+    pub longest: i64,
+    /// Keys that a query sees, itself included; None: all before it.
+    pub window: Option<i64>,
+    pub scale: f64,
+}
+
+impl Packed<'_> {
+    fn window(&self) -> (Option<i64>, Option<i64>) {
+        // a causal kernel sees nothing to the right; `left` counts keys before the query
+        self.window.map_or((None, None), |window| (Some(window - 1), Some(0)))
+    }
+}
+
+/// What [`flash_forward`] leaves for [`flash_backward`].
+pub struct FlashState {
+    log_sums: Tensor,
+    random: [Tensor; 2],
+}
+
+/// Causal attention inside each sequence: `aten::_flash_attention_forward`.
+///
+/// `q: [rows, heads, dim]`, `k, v: [rows, kv_heads, dim]` in bf16 or f16 with `dim` a multiple of 8 up to 256, last dimension
+/// dense. Gives `[rows, heads, dim]`; rows behind the last sequence are undefined.
+pub fn flash_forward(q: &Tensor, k: &Tensor, v: &Tensor, packed: &Packed) -> (Tensor, FlashState) {
+    let bounds = handle(packed.bounds);
+    let (left, right) = packed.window();
+    let mut out = [std::ptr::null_mut(); 5];
+    let [o, l, r, u, d] = &mut out;
+    // SAFETY: tensor handles are `at::Tensor*` of living tensors; optionals are pointers to values or null; five results.
+    let code = unsafe {
+        (functions().flash_forward)(
+            handle(q),
+            handle(k),
+            handle(v),
+            &raw const bounds,
+            &raw const bounds,
+            packed.longest,
+            packed.longest,
+            0.0,
+            1,
+            0,
+            &raw const packed.scale,
+            optional(left.as_ref()),
+            optional(right.as_ref()),
+            std::ptr::null(),
+            std::ptr::null(),
+            o,
+            l,
+            r,
+            u,
+            d,
+        )
+    };
+    assert_eq!(code, 0, "invariant: flash attention takes its arguments; libtorch has written its reason above");
+    // SAFETY: new handles, owned by us.
+    let [result, log_sums, random, unused, _debug] = out.map(|handle| unsafe { Tensor::from_ptr(handle.cast()) });
+    (result, FlashState { log_sums, random: [random, unused] })
+}
+
+/// Gradients of q, k and v from that of the result: `aten::_flash_attention_backward`.
+pub fn flash_backward(
+    grad: &Tensor,
+    [q, k, v]: [&Tensor; 3],
+    out: &Tensor,
+    state: &FlashState,
+    packed: &Packed,
+) -> [Tensor; 3] {
+    let (left, right) = packed.window();
+    let mut result = [std::ptr::null_mut(); 3];
+    let [d_q, d_k, d_v] = &mut result;
+    // SAFETY: as in `flash_forward`; three results.
+    let code = unsafe {
+        (functions().flash_backward)(
+            handle(grad),
+            handle(q),
+            handle(k),
+            handle(v),
+            handle(out),
+            handle(&state.log_sums),
+            handle(packed.bounds),
+            handle(packed.bounds),
+            packed.longest,
+            packed.longest,
+            0.0,
+            1,
+            handle(&state.random[0]),
+            handle(&state.random[1]),
+            &raw const packed.scale,
+            optional(left.as_ref()),
+            optional(right.as_ref()),
+            d_q,
+            d_k,
+            d_v,
+        )
+    };
+    assert_eq!(code, 0, "invariant: flash attention takes its arguments; libtorch has written its reason above");
+    // SAFETY: new handles, owned by us.
+    result.map(|handle| unsafe { Tensor::from_ptr(handle.cast()) })
+}
+
+/// A tch tensor's pointer is an `at::Tensor*`, which is what a tensor handle is.
+fn handle(tensor: &Tensor) -> Handle {
+    tensor.as_ptr().cast_mut().cast()
+}
+
+fn optional<T>(value: Option<&T>) -> *const T {
+    value.map_or(std::ptr::null(), std::ptr::from_ref)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_folder_is_that_of_the_loaded_library() {
+        assert!(folder().join("libtorch_cpu.so").exists(), "{}", folder().display());
+    }
+
+    #[test]
+    fn a_library_that_is_not_there_is_told_with_its_path() {
+        let text = load_from(Path::new("/nowhere/libtorch_cuda.so")).err().unwrap();
+        assert!(text.starts_with("/nowhere/libtorch_cuda.so: ") && text.contains("No such file"), "{text}");
+    }
+
+    #[test]
+    fn another_library_is_told_by_what_it_lacks() {
+        let text = load_from(&folder().join("libc10.so")).err().unwrap();
+        assert!(text.contains("libc10.so has no aoti_torch_get_current_cuda_stream"), "{text}");
+    }
+}
