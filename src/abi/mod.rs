@@ -12,6 +12,7 @@ pub mod parallel;
 pub mod slices;
 pub mod storage;
 pub mod torch_cuda;
+pub mod upload;
 
 /// First line of a libtorch error; the C++ backtrace behind it helps no user.
 pub fn first_line(error: &tch::TchError) -> String {
