@@ -32,7 +32,8 @@ pub struct AdamW {
 /// One AdamW step in place on lists of f32 tensors: `aten::_fused_adamw_`.
 ///
 /// `params, grads, first, second`: same shapes pairwise. `steps`: one f32 scalar each, the number of this step (from 1).
-/// `grad_scale`: f32 scalar that gradients are divided by.
+/// `grad_scale`: f32 scalar that gradients are divided by. `found_inf`: f32 scalar; nothing changes where it is 1.
+#[expect(clippy::too_many_arguments, reason = "the operator's own")]
 pub fn fused_adamw(
     params: &[Tensor],
     grads: &[Tensor],
@@ -40,6 +41,7 @@ pub fn fused_adamw(
     second: &[Tensor],
     steps: &[Tensor],
     grad_scale: Option<&Tensor>,
+    found_inf: Option<&Tensor>,
     adamw: AdamW,
 ) {
     let good = |list: &[Tensor]| {
@@ -50,9 +52,12 @@ pub fn fused_adamw(
     };
     assert!([params, grads, first, second].into_iter().all(good), "invariant: contiguous f32 tensors of equal shapes");
     let scalar = |t: &Tensor| t.numel() == 1 && t.kind() == Kind::Float;
-    assert!(steps.len() == params.len() && steps.iter().chain(grad_scale).all(scalar), "invariant: f32 scalars");
+    assert!(
+        steps.len() == params.len() && steps.iter().chain(grad_scale).chain(found_inf).all(scalar),
+        "invariant: f32 scalars"
+    );
     let float = |x: f64| x.to_bits();
-    let scale = grad_scale.map_or(0, |scale| some(handle(scale)));
+    let optional = |t: Option<&Tensor>| t.map_or(0, |t| some(handle(t)));
     let mut stack = [
         list(params),
         list(grads),
@@ -67,8 +72,8 @@ pub fn fused_adamw(
         float(adamw.eps),
         0, // amsgrad
         0, // maximize
-        scale,
-        0, // found_inf
+        optional(grad_scale),
+        optional(found_inf),
     ];
     call("aten::_fused_adamw_", &mut stack);
 }
@@ -132,7 +137,7 @@ mod tests {
             // the fused kernel divides the gradients in place
             let (p, grads) = ([p.shallow_clone()], [g.copy()]);
             let (m, v) = ([m.shallow_clone()], [v.shallow_clone()]);
-            fused_adamw(&p, &grads, &m, &v, &[Tensor::from(step as f32)], Some(&scale), adamw);
+            fused_adamw(&p, &grads, &m, &v, &[Tensor::from(step as f32)], Some(&scale), None, adamw);
             for (i, g) in [0.1f64, -0.2, 0.0].iter().enumerate() {
                 m0[i] = 0.9 * m0[i] + 0.1 * g;
                 v0[i] = 0.99 * v0[i] + 0.01 * g * g;

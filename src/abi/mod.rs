@@ -1,13 +1,17 @@
-//! The only room with `unsafe`: libtorch's C ABI, tensor memory as slices, raw MPI, NCCL, and process-wide host
-//! settings.
+//! The only room with `unsafe`: libtorch's C ABI, tensor memory as slices, raw MPI, NCCL, the CUDA driver and its compiler,
+//! and process-wide host settings.
 //!
 //! Everything that leaves this room is safe to call. It must not know what the tensors mean.
 
 pub mod dispatcher;
+pub mod driver;
 pub mod host;
+pub mod library;
+pub mod module;
 #[cfg(feature = "mpi")]
 pub mod mpi;
 pub mod nccl;
+pub mod nvrtc;
 pub mod parallel;
 pub mod slices;
 pub mod storage;

@@ -4,15 +4,16 @@
 //! non-blocking: every call may answer "in progress", which is polled with a deadline, so that a peer that is not there is an
 //! error and not a hang.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use super::torch_cuda::{self, Stream};
+use super::driver::Stream;
+use super::library::Library;
+use super::torch_cuda;
 
 type RawComm = *mut c_void;
 type Status = c_int;
@@ -63,8 +64,7 @@ struct Functions {
     async_error: unsafe extern "C" fn(RawComm, *mut Status) -> Status,
     error_string: unsafe extern "C" fn(Status) -> *const c_char,
     last_error: unsafe extern "C" fn(RawComm) -> *const c_char,
-    all_reduce:
-        unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, RawComm, *mut c_void) -> Status,
+    all_reduce: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, RawComm, *mut c_void) -> Status,
     reduce_scatter:
         unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, RawComm, *mut c_void) -> Status,
     all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, RawComm, *mut c_void) -> Status,
@@ -94,7 +94,7 @@ impl Nccl {
     /// # Errors
     /// What the dynamic linker says of each place, in one line.
     pub fn load() -> Result<Self, String> {
-        LIBRARY.get_or_init(|| load_first(&candidates())).as_ref().map(Self).map_err(Clone::clone)
+        LIBRARY.get_or_init(|| load(&candidates())).as_ref().map(Self).map_err(Clone::clone)
     }
 
     /// As NCCL writes it: 22809 is 2.28.9.
@@ -136,60 +136,36 @@ impl Nccl {
 
 fn candidates() -> Vec<PathBuf> {
     let packages = torch_cuda::folder().join("../..");
-    ["libnccl.so.2".into(), packages.join("nvidia/nccl/lib/libnccl.so.2"), packages.join("nvidia/cu13/lib/libnccl.so.2")]
-        .into()
+    [
+        "libnccl.so.2".into(),
+        packages.join("nvidia/nccl/lib/libnccl.so.2"),
+        packages.join("nvidia/cu13/lib/libnccl.so.2"),
+    ]
+    .into()
 }
 
-fn load_first(paths: &[PathBuf]) -> Result<Functions, String> {
-    let mut refusals = Vec::new();
-    for path in paths {
-        match load_from(path) {
-            Ok(functions) => return Ok(functions),
-            Err(refusal) => refusals.push(refusal),
-        }
-    }
-    Err(refusals.join("; "))
-}
-
-fn load_from(path: &std::path::Path) -> Result<Functions, String> {
-    let name = CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
-    // SAFETY: loading runs the library's initialisers, which set up nothing before the first call.
-    let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW) };
-    if library.is_null() {
-        // SAFETY: `dlerror` gives null or a string that lives until the next call of its kind on this thread.
-        let text = unsafe {
-            let text = libc::dlerror();
-            if text.is_null() { String::new() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
-        };
-        return Err(text);
-    }
-    let find = |symbol: &CStr| {
-        // SAFETY: an open library and a name that ends in zero.
-        let address = unsafe { libc::dlsym(library, symbol.as_ptr()) };
-        if address.is_null() {
-            Err(format!("{} has no {}", path.display(), symbol.to_string_lossy()))
-        } else {
-            Ok(address)
-        }
-    };
-    // SAFETY: the types are those of nccl.h, unchanged from 2.18 to 2.30.
+fn load(candidates: &[PathBuf]) -> Result<Functions, String> {
+    let library = Library::open(candidates).map_err(|error| error.to_string())?;
+    let words = |error: super::library::Error| error.to_string();
+    // SAFETY: the types are those of nccl.h, unchanged from 2.18 to 2.30; the library stays open for the life of the process.
     unsafe {
-        use std::mem::transmute;
-        Ok(Functions {
-            version: transmute::<RawComm, _>(find(c"ncclGetVersion")?),
-            unique_id: transmute::<RawComm, _>(find(c"ncclGetUniqueId")?),
-            init: transmute::<RawComm, _>(find(c"ncclCommInitRankConfig")?),
-            finalize: transmute::<RawComm, _>(find(c"ncclCommFinalize")?),
-            destroy: transmute::<RawComm, _>(find(c"ncclCommDestroy")?),
-            abort: transmute::<RawComm, _>(find(c"ncclCommAbort")?),
-            async_error: transmute::<RawComm, _>(find(c"ncclCommGetAsyncError")?),
-            error_string: transmute::<RawComm, _>(find(c"ncclGetErrorString")?),
-            last_error: transmute::<RawComm, _>(find(c"ncclGetLastError")?),
-            all_reduce: transmute::<RawComm, _>(find(c"ncclAllReduce")?),
-            reduce_scatter: transmute::<RawComm, _>(find(c"ncclReduceScatter")?),
-            all_gather: transmute::<RawComm, _>(find(c"ncclAllGather")?),
-            broadcast: transmute::<RawComm, _>(find(c"ncclBroadcast")?),
-        })
+        let functions = Functions {
+            version: library.function("ncclGetVersion").map_err(words)?,
+            unique_id: library.function("ncclGetUniqueId").map_err(words)?,
+            init: library.function("ncclCommInitRankConfig").map_err(words)?,
+            finalize: library.function("ncclCommFinalize").map_err(words)?,
+            destroy: library.function("ncclCommDestroy").map_err(words)?,
+            abort: library.function("ncclCommAbort").map_err(words)?,
+            async_error: library.function("ncclCommGetAsyncError").map_err(words)?,
+            error_string: library.function("ncclGetErrorString").map_err(words)?,
+            last_error: library.function("ncclGetLastError").map_err(words)?,
+            all_reduce: library.function("ncclAllReduce").map_err(words)?,
+            reduce_scatter: library.function("ncclReduceScatter").map_err(words)?,
+            all_gather: library.function("ncclAllGather").map_err(words)?,
+            broadcast: library.function("ncclBroadcast").map_err(words)?,
+        };
+        std::mem::forget(library);
+        Ok(functions)
     }
 }
 
@@ -238,8 +214,7 @@ impl Comm {
         };
         let mut comm = Self { nccl, raw: std::ptr::null_mut(), name: name.to_owned(), size, timeout };
         // SAFETY: one out parameter, an id and a configuration that outlive the call.
-        let code =
-            unsafe { (nccl.0.init)(&raw mut comm.raw, size as c_int, id, rank as c_int, &raw const config) };
+        let code = unsafe { (nccl.0.init)(&raw mut comm.raw, size as c_int, id, rank as c_int, &raw const config) };
         comm.settle(code, "joining")?;
         lock().push(Open { raw: comm.raw, name: comm.name.clone() });
         Ok(comm)
@@ -254,7 +229,7 @@ impl Comm {
         let at = address(tensor);
         // SAFETY: a contiguous tensor on the device of this communicator; the caller keeps it until the stream is done.
         let code = unsafe {
-            (self.nccl.0.all_reduce)(at, at, tensor.numel(), datatype(tensor), op as c_int, self.raw, stream.0)
+            (self.nccl.0.all_reduce)(at, at, tensor.numel(), datatype(tensor), op as c_int, self.raw, stream.raw())
         };
         self.complete(code, "all_reduce");
     }
@@ -273,7 +248,7 @@ impl Comm {
                 datatype(input),
                 Op::Sum as c_int,
                 self.raw,
-                stream.0,
+                stream.raw(),
             )
         };
         self.complete(code, "reduce_scatter");
@@ -285,9 +260,8 @@ impl Comm {
         assert_eq!(input.kind(), output.kind(), "invariant: input and output alike");
         let (kind, bytes) = words(input);
         // SAFETY: as in `all_reduce`, with `count` words to read and `size * count` to write.
-        let code = unsafe {
-            (self.nccl.0.all_gather)(address(input), address(output), bytes, kind, self.raw, stream.0)
-        };
+        let code =
+            unsafe { (self.nccl.0.all_gather)(address(input), address(output), bytes, kind, self.raw, stream.raw()) };
         self.complete(code, "all_gather");
     }
 
@@ -296,8 +270,7 @@ impl Comm {
         let (kind, count) = words(tensor);
         let at = address(tensor);
         // SAFETY: as in `all_reduce`.
-        let code =
-            unsafe { (self.nccl.0.broadcast)(at, at, count, kind, root as c_int, self.raw, stream.0) };
+        let code = unsafe { (self.nccl.0.broadcast)(at, at, count, kind, root as c_int, self.raw, stream.raw()) };
         self.complete(code, "broadcast");
     }
 
@@ -411,7 +384,7 @@ mod tests {
 
     #[test]
     fn a_library_that_is_nowhere_is_told_with_every_place() {
-        let text = load_first(&["/nowhere/libnccl.so.2".into(), "/elsewhere/libnccl.so.2".into()]).err().unwrap();
+        let text = load(&["/nowhere/libnccl.so.2".into(), "/elsewhere/libnccl.so.2".into()]).err().unwrap();
         assert!(text.contains("/nowhere/libnccl.so.2") && text.contains("; /elsewhere/libnccl.so.2"), "{text}");
     }
 

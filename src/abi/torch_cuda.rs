@@ -10,18 +10,13 @@ use std::sync::OnceLock;
 
 use tch::Tensor;
 
+use super::driver::Stream;
+
 type Handle = *mut c_void;
 type Status = i32;
 
-/// A CUDA stream of libtorch's; stays valid for the life of the process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stream(pub(super) *mut c_void);
-
 struct Functions {
-    current_stream: unsafe extern "C" fn(i32, *mut *mut c_void) -> Status,
     pool_stream: unsafe extern "C" fn(bool, i32, *mut *mut c_void) -> Status,
-    set_stream: unsafe extern "C" fn(*mut c_void, i32) -> Status,
-    synchronize_stream: unsafe extern "C" fn(*mut c_void, i32) -> Status,
     create_guard: unsafe extern "C" fn(i32, *mut *mut c_void) -> Status,
     flash_forward: FlashForward,
     flash_backward: FlashBackward,
@@ -130,10 +125,7 @@ fn load_from(path: &Path) -> Result<Functions, String> {
     unsafe {
         use std::mem::transmute;
         Ok(Functions {
-            current_stream: transmute::<Handle, _>(find(c"aoti_torch_get_current_cuda_stream")?),
             pool_stream: transmute::<Handle, _>(find(c"torch_get_cuda_stream_from_pool")?),
-            set_stream: transmute::<Handle, _>(find(c"torch_set_current_cuda_stream")?),
-            synchronize_stream: transmute::<Handle, _>(find(c"torch_cuda_stream_synchronize")?),
             create_guard: transmute::<Handle, _>(find(c"aoti_torch_create_cuda_guard")?),
             flash_forward: transmute::<Handle, _>(find(c"aoti_torch_cuda__flash_attention_forward")?),
             flash_backward: transmute::<Handle, _>(find(c"aoti_torch_cuda__flash_attention_backward")?),
@@ -163,43 +155,14 @@ pub fn set_device(device: usize) {
     assert_eq!(code, 0, "invariant: device {device} exists");
 }
 
-/// The stream on which libtorch works now.
-pub fn current_stream(device: usize) -> Stream {
-    let mut stream = std::ptr::null_mut();
-    // SAFETY: one out parameter.
-    let code = unsafe { (functions().current_stream)(device as i32, &raw mut stream) };
-    assert_eq!(code, 0, "invariant: a device has a current stream");
-    Stream(stream)
-}
-
 /// Another stream, for traffic beside the computation.
 pub fn stream_from_pool(device: usize) -> Stream {
     let mut stream = std::ptr::null_mut();
     // SAFETY: one out parameter.
     let code = unsafe { (functions().pool_stream)(true, device as i32, &raw mut stream) };
     assert_eq!(code, 0, "invariant: libtorch has streams");
-    Stream(stream)
-}
-
-/// Runs `body` with `stream` as libtorch's current stream.
-pub fn on_stream<T>(stream: Stream, device: usize, body: impl FnOnce() -> T) -> T {
-    let before = current_stream(device);
-    let set = |stream: Stream| {
-        // SAFETY: a stream that libtorch gave.
-        let code = unsafe { (functions().set_stream)(stream.0, device as i32) };
-        assert_eq!(code, 0, "invariant: the stream belongs to the device");
-    };
-    set(stream);
-    let result = body();
-    set(before);
-    result
-}
-
-/// Waits on the host until everything on the stream is done.
-pub fn synchronize(stream: Stream, device: usize) {
-    // SAFETY: a stream that libtorch gave.
-    let code = unsafe { (functions().synchronize_stream)(stream.0, device as i32) };
-    assert_eq!(code, 0, "invariant: work on the device succeeds; libtorch has written its error above");
+    // SAFETY: libtorch's pool streams are of the device's primary context and are never destroyed.
+    unsafe { Stream::from_raw(stream, device) }
 }
 
 /// A CPU tensor of `bytes` u8 in page-locked memory, from which copies to a device run beside the host.
@@ -346,6 +309,6 @@ mod tests {
     #[test]
     fn another_library_is_told_by_what_it_lacks() {
         let text = load_from(&folder().join("libc10.so")).err().unwrap();
-        assert!(text.contains("libc10.so has no aoti_torch_get_current_cuda_stream"), "{text}");
+        assert!(text.contains("libc10.so has no torch_get_cuda_stream_from_pool"), "{text}");
     }
 }

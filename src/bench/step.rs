@@ -17,7 +17,8 @@ use crate::model::sharding::Table;
 use crate::model::{Architecture, Decoder, Keep, LogitsPool, ModelError, ReferenceHead};
 use crate::telemetry::{Clock, PARTS, Part, table};
 use crate::train::{
-    Batches, GradientBuffers, Layout, Optimizer, Parameters, Reference, Schedule, Trainer, TrainerOptions,
+    Batches, GradientBuffers, GradientOptions, Layout, Optimizer, Parameters, Reference, Schedule, Trainer,
+    TrainerOptions,
 };
 use crate::unlearn;
 
@@ -217,8 +218,14 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
         logits: LogitsPool::default(),
     };
     Ok(Trainer {
-        gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, Device::Cpu),
-        optimizer: Optimizer::new(&optimizer, &parameters),
+        gradients: GradientBuffers::new(
+            &decoder.table,
+            &parameters.layout,
+            &world.tp,
+            &world.dp,
+            GradientOptions::f32(Device::Cpu),
+        ),
+        optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
         schedule: Schedule::new(&config::Schedule::default(), optimizer.lr, bench.steps + 2, 1),
         method: unlearn::method(&method),
         options: TrainerOptions {
@@ -228,7 +235,9 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
             },
             logits_bytes: 256.0 * 1048576.0,
             max_grad_norm: optimizer.max_grad_norm,
+            in_backward: false,
         },
+        broken: Trainer::whole(decoder.device),
         decoder,
         parameters,
     })

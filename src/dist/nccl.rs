@@ -9,9 +9,9 @@ use std::rc::Rc;
 use tch::Tensor;
 
 use super::group::{Reduce, Ticket, Transport};
-use crate::abi::driver::Event;
+use crate::abi::driver::{self, Event, Stream};
 use crate::abi::nccl::{Comm, Op};
-use crate::abi::torch_cuda::{self, Stream};
+use crate::abi::torch_cuda;
 
 /// One NCCL communicator as a transport.
 #[derive(Clone)]
@@ -30,22 +30,38 @@ impl Nccl {
 
     /// Calls `start` on the transport's stream, after everything that the current stream holds so far.
     fn launch(&self, start: impl FnOnce(Stream)) -> Option<Event> {
-        let current = torch_cuda::current_stream(self.device);
+        let current = self.current();
         let Some(beside) = self.beside else {
             start(current);
             return None;
         };
-        Event::record(current).wait_on(beside);
+        works(beside.wait(&mark(current)));
         start(beside);
-        Some(Event::record(beside))
+        Some(mark(beside))
     }
 
     /// As [`Self::launch`]; what comes later on the current stream waits for the result.
     fn run(&self, start: impl FnOnce(Stream)) {
         if let Some(done) = self.launch(start) {
-            done.wait_on(torch_cuda::current_stream(self.device));
+            works(self.current().wait(&done));
         }
     }
+
+    fn current(&self) -> Stream {
+        works(Stream::current(self.device))
+    }
+}
+
+/// The end of what is on a stream now.
+fn mark(stream: Stream) -> Event {
+    let event = works(Event::new(stream.device(), false));
+    works(event.record(stream));
+    event
+}
+
+/// The driver refuses such calls only when an earlier piece of work has failed; the job ends with its words.
+fn works<T>(result: Result<T, driver::Error>) -> T {
+    result.unwrap_or_else(|error| panic!("{error}"))
 }
 
 impl Transport for Nccl {
@@ -63,7 +79,7 @@ impl Transport for Nccl {
 
     fn reduce_scatter(&self, input: Tensor, output: Tensor) -> Box<dyn Ticket> {
         let done = self.launch(|stream| self.comm.reduce_scatter(&input, &output, stream));
-        Box::new(Launched { done, input, output, device: self.device })
+        Box::new(Launched { done, input, output, nccl: self.clone() })
     }
 
     fn all_gather(&self, input: &Tensor, output: &mut Tensor) {
@@ -79,7 +95,7 @@ impl Transport for Nccl {
     }
 
     fn barrier(&self) {
-        torch_cuda::synchronize(torch_cuda::current_stream(self.device), self.device);
+        works(self.current().synchronize());
     }
 
     fn progress(&self) {}
@@ -89,14 +105,14 @@ struct Launched {
     done: Option<Event>,
     input: Tensor,
     output: Tensor,
-    device: usize,
+    nccl: Nccl,
 }
 
 impl Ticket for Launched {
     fn wait(self: Box<Self>) -> Tensor {
-        let Self { done, input, output, device } = *self;
+        let Self { done, input, output, nccl } = *self;
         if let Some(done) = done {
-            done.wait_on(torch_cuda::current_stream(device));
+            works(nccl.current().wait(&done));
         }
         // only now: memory that is freed is used again by what comes later on the current stream
         drop(input);

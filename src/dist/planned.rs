@@ -64,8 +64,10 @@ impl World {
     pub fn planned(mesh: Mesh, record: &Record) -> Self {
         let watchdog = Watchdog::new(std::time::Duration::MAX);
         let group = |axis, rank, size| {
-            let transport = Planned { axis, rank, size, record: record.clone() };
-            Rc::new(Group::new(axis, rank, size, Box::new(transport), &watchdog))
+            let carrier = || Box::new(Planned { axis, rank, size, record: record.clone() });
+            let mut group = Group::new(axis, rank, size, carrier(), &watchdog);
+            group.carry_devices(carrier());
+            Rc::new(group)
         };
         Self {
             mesh,

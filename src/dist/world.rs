@@ -1,11 +1,14 @@
 //! What one rank knows of the job: its place and the groups it belongs to.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use super::group::Group;
 use super::mesh::Mesh;
+use super::nccl::Nccl;
 use super::tcp::{Peers, Tcp};
 use super::watchdog::Watchdog;
+use crate::abi::nccl::{Comm, Nccl as Library, UniqueId};
 
 /// One rank's view of the job.
 pub struct World {
@@ -20,6 +23,37 @@ pub struct World {
 }
 
 impl World {
+    /// Lets the tensor- and data-parallel groups carry tensors of GPU `device` over NCCL. All ranks call it, before the groups
+    /// are shared.
+    ///
+    /// `timeout`: how long a rank waits for the others to join; `max_ctas`: see [`Comm::init`].
+    ///
+    /// # Errors
+    /// NCCL's own words, or who did not come.
+    pub fn with_nccl(
+        mut self,
+        library: Library,
+        device: usize,
+        timeout: Duration,
+        max_ctas: Option<i32>,
+    ) -> Result<Self, String> {
+        for (group, axis, beside) in [(&mut self.tp, "tp", false), (&mut self.dp, "dp", true)] {
+            let group = Rc::get_mut(group).expect("invariant: called before the groups are shared");
+            if group.size() == 1 {
+                continue;
+            }
+            // one rank draws the id; its failure reaches all through the length
+            let drawn =
+                if group.is_first() { library.unique_id().map(|id| id.bytes().to_vec()) } else { Ok(Vec::new()) };
+            let told = group.broadcast_bytes(drawn.as_deref().unwrap_or_default(), 0);
+            drawn?;
+            let id = UniqueId::from_bytes(&told).ok_or(format!("the first rank of {axis} could not start NCCL"))?;
+            let comm = Comm::init(library, id, group.rank(), group.size(), axis, timeout, max_ctas)?;
+            group.carry_devices(Box::new(Nccl::new(comm, device, beside)));
+        }
+        Ok(self)
+    }
+
     /// The only rank of a job; needs no MPI.
     pub fn solo() -> Self {
         let mesh = Mesh { rank: 0, tp: 1, dp: 1 };

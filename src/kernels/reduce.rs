@@ -8,10 +8,12 @@ use super::real::vectorised;
 use crate::abi::parallel;
 use crate::abi::slices::slice;
 
-/// Sum of the squares of a contiguous f32 tensor, added up in f64 over fixed blocks: the same for any number of threads.
-pub fn sum_of_squares(x: &Tensor) -> f64 {
-    if x.device() != Device::Cpu {
-        return f64::try_from(x.square().sum(Kind::Double)).expect("invariant: a sum is one number");
+/// Sum of the squares of a contiguous tensor, added up in f64 over fixed blocks: the same for any number of threads.
+///
+/// `[1]` f64 on the tensor's device.
+pub fn sum_of_squares(x: &Tensor) -> Tensor {
+    if x.device() != Device::Cpu || x.kind() != Kind::Float {
+        return x.to_kind(Kind::Float).square().sum(Kind::Double).view([1]);
     }
     const BLOCK: usize = 1 << 16;
     let values = slice::<f32>(x);
@@ -23,7 +25,8 @@ pub fn sum_of_squares(x: &Tensor) -> f64 {
             blocks.lock().expect("invariant: no panic inside a kernel")[block] = sum;
         }
     });
-    blocks.into_inner().expect("invariant: no panic inside a kernel").iter().sum()
+    let total: f64 = blocks.into_inner().expect("invariant: no panic inside a kernel").iter().sum();
+    Tensor::from_slice(&[total])
 }
 
 vectorised! {
@@ -49,7 +52,7 @@ mod tests {
         let n = 3_000_001;
         let x = Tensor::full([n], 1e-4, (Kind::Float, Device::Cpu));
         let square = f64::from(1e-4f32) * f64::from(1e-4f32);
-        assert!((sum_of_squares(&x) / (square * n as f64) - 1.0).abs() < 1e-12);
-        assert_eq!(sum_of_squares(&x.narrow(0, 0, 0)), 0.0);
+        assert!((sum_of_squares(&x).double_value(&[0]) / (square * n as f64) - 1.0).abs() < 1e-12);
+        assert_eq!(sum_of_squares(&x.narrow(0, 0, 0)).double_value(&[0]), 0.0);
     }
 }

@@ -26,7 +26,9 @@ use crate::eval::{self, ForwardOptions, LikelihoodScores};
 use crate::model::Keep;
 use crate::model::sharding::Table;
 use crate::telemetry::{Console, LogFile, table};
-use crate::train::{Batches, GradientBuffers, Optimizer, Reference, Schedule, Trainer, TrainerOptions};
+use crate::train::{
+    Batches, GradientBuffers, GradientOptions, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
+};
 use crate::unlearn;
 use files::RunFolder;
 use reference::{Identity, ReferenceCache, ReferenceOptions};
@@ -73,8 +75,14 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let batches = batches(config, &inputs);
     let forward =
         ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
-    let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, decoder.device);
-    let optimizer = Optimizer::new(&config.optimizer, &parameters);
+    let gradients = GradientBuffers::new(
+        &decoder.table,
+        &parameters.layout,
+        &world.tp,
+        &world.dp,
+        GradientOptions::f32(decoder.device),
+    );
+    let optimizer = Optimizer::new(&config.optimizer, &decoder.table, &parameters);
     memory.print(&gradients, &optimizer);
     let per_epoch = batches.order.steps_per_epoch();
     let mut trainer = Trainer {
@@ -87,7 +95,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
             },
             logits_bytes: forward.logits_bytes,
             max_grad_norm: config.optimizer.max_grad_norm,
+            in_backward: false,
         },
+        broken: Trainer::whole(decoder.device),
         decoder,
         parameters,
         gradients,

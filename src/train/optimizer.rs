@@ -1,6 +1,8 @@
 //! AdamW and SGD on the part of the parameters that this rank owns.
 
-use tch::{Device, Kind, Tensor};
+use std::ops::Range;
+
+use tch::{Kind, Tensor};
 
 use super::parameters::Parameters;
 use crate::abi::dispatcher::{self, AdamW};
@@ -11,10 +13,10 @@ use crate::model::sharding::{Class, Table};
 pub struct Optimizer {
     rule: Rule,
     weight_decay: f64,
-    /// Steps taken.
+    /// Steps taken, the one under way included.
     steps: usize,
-    /// One entry a bucket.
-    state: Vec<State>,
+    /// For each bucket its segments that this rank owns a part of.
+    state: Vec<Vec<Segment>>,
 }
 
 enum Rule {
@@ -22,15 +24,33 @@ enum Rule {
     Sgd { momentum: f64 },
 }
 
-/// f32, of the size of this rank's own part of the bucket.
+/// Neighbouring parameters of one class and one unit.
+struct Segment {
+    class: Class,
+    unit: usize,
+    /// Elements of this rank's own part of the bucket.
+    own: Range<usize>,
+    state: State,
+}
+
+/// f32, of the size of the segment.
 enum State {
     Moments { first: Tensor, second: Tensor },
     Velocity(Tensor),
     Nothing,
 }
 
+/// What all segments of a step have in common.
+pub struct Update<'a> {
+    pub lr: f64,
+    /// Factor of the gradients of a unit: `[1]` f32 on the device.
+    pub scale: &'a dyn Fn(usize) -> Tensor,
+    /// `[1]` f32 on the device: 1 where nothing may change any more.
+    pub skip: &'a Tensor,
+}
+
 impl Optimizer {
-    pub fn new(config: &config::Optimizer, parameters: &Parameters) -> Self {
+    pub fn new(config: &config::Optimizer, table: &Table, parameters: &Parameters) -> Self {
         let rule = match config.name {
             config::OptimizerName::Adamw => Rule::AdamW {
                 betas: config.betas.unwrap_or(config::Optimizer::BETAS),
@@ -40,99 +60,80 @@ impl Optimizer {
                 Rule::Sgd { momentum: config.momentum.unwrap_or(config::Optimizer::MOMENTUM) }
             }
         };
-        let state: Vec<State> = parameters
-            .masters
-            .iter()
-            .map(|master| match rule {
-                Rule::AdamW { .. } => State::Moments { first: master.zeros_like(), second: master.zeros_like() },
-                Rule::Sgd { momentum } if momentum > 0.0 => State::Velocity(master.zeros_like()),
-                Rule::Sgd { .. } => State::Nothing,
-            })
-            .collect();
-        Self { rule, weight_decay: config.weight_decay, steps: 0, state }
+        let state = parameters.layout.buckets.iter().zip(&parameters.masters).map(|(bucket, master)| {
+            let segments = bucket.segments(table).into_iter().filter(|segment| !segment.own.is_empty());
+            let with_state = segments.map(|segment| {
+                let zeros = || Tensor::zeros([segment.own.len() as i64], (Kind::Float, master.device()));
+                let state = match rule {
+                    Rule::AdamW { .. } => State::Moments { first: zeros(), second: zeros() },
+                    Rule::Sgd { momentum } if momentum > 0.0 => State::Velocity(zeros()),
+                    Rule::Sgd { .. } => State::Nothing,
+                };
+                Segment { class: segment.class, unit: segment.unit, own: segment.own, state }
+            });
+            with_state.collect()
+        });
+        Self { state: state.collect(), rule, weight_decay: config.weight_decay, steps: 0 }
     }
 
-    /// One step: masters move by the gradients times `scale`; the weights of the model follow when they are published.
-    ///
-    /// Weight decay is decoupled and for matrices only: `w *= 1 - lr * weight_decay` before the update.
-    pub fn step(&mut self, table: &Table, parameters: &mut Parameters, grads: &[Tensor], scale: f64, lr: f64) {
+    /// Begins a step.
+    pub fn begin(&mut self) {
         self.steps += 1;
-        let decays =
-            [(Class::Matrix, self.weight_decay), (Class::Bias, 0.0), (Class::PartialVector, 0.0), (Class::Vector, 0.0)];
-        for (class, weight_decay) in decays {
-            match self.rule {
-                Rule::AdamW { betas, eps } => {
-                    let adamw = AdamW { lr, beta1: betas[0], beta2: betas[1], weight_decay, eps };
-                    self.adamw(table, parameters, grads, scale, class, adamw);
+    }
+
+    /// Moves the masters of one bucket by its gradients; the weights of the model follow when they are published.
+    ///
+    /// `grad`: this rank's own part of the bucket. Weight decay is decoupled and for matrices only:
+    /// `w *= 1 - lr * weight_decay` before the update.
+    pub fn update(&self, parameters: &Parameters, bucket: usize, grad: &Tensor, update: &Update) {
+        for segment in &self.state[bucket] {
+            let part = |t: &Tensor| t.narrow(0, segment.own.start as i64, segment.own.len() as i64);
+            let (master, grad) = (part(&parameters.masters[bucket]), part(grad).to_kind(Kind::Float));
+            let weight_decay = if segment.class == Class::Matrix { self.weight_decay } else { 0.0 };
+            let scale = (update.scale)(segment.unit);
+            match (&self.rule, &segment.state) {
+                (Rule::AdamW { betas, eps }, State::Moments { first, second }) => {
+                    let adamw = AdamW { lr: update.lr, beta1: betas[0], beta2: betas[1], weight_decay, eps: *eps };
+                    let step = Tensor::full([1], self.steps as f64, (Kind::Float, master.device()));
+                    let divisor = scale.reciprocal();
+                    dispatcher::fused_adamw(
+                        &[master],
+                        &[grad],
+                        &[first.shallow_clone()],
+                        &[second.shallow_clone()],
+                        &[step],
+                        Some(&divisor),
+                        Some(update.skip),
+                        adamw,
+                    );
                 }
-                Rule::Sgd { momentum } => {
-                    self.sgd(table, parameters, grads, scale, class, [lr, weight_decay, momentum])
+                (Rule::Sgd { momentum }, state) => {
+                    // written so that a gradient that is no number does not reach the weights of a skipped step
+                    let zero = grad.zeros_like();
+                    let skip = update.skip.gt(0.0);
+                    let mut move_by = zero.where_self(&skip, &(grad * scale));
+                    if let State::Velocity(velocity) = state {
+                        let mut velocity = velocity.shallow_clone();
+                        let _ = velocity.g_mul_scalar_(*momentum);
+                        move_by = velocity.g_add_(&move_by);
+                    }
+                    let mut master = master;
+                    let keep = 1.0 - update.skip;
+                    let _ = master.g_mul_(&(1.0 - &keep * (update.lr * weight_decay)));
+                    let _ = master.g_add_(&(move_by * keep * -update.lr));
                 }
+                _ => unreachable!("invariant: the state belongs to the rule"),
             }
         }
     }
 
     pub fn bytes(&self) -> usize {
-        let size = |t: &Tensor| t.numel() * 4;
-        let each = |state: &State| match state {
+        let size = |t: &Tensor| t.numel() * t.kind().elt_size_in_bytes();
+        let each = |segment: &Segment| match &segment.state {
             State::Moments { first, second } => size(first) + size(second),
             State::Velocity(velocity) => size(velocity),
             State::Nothing => 0,
         };
-        self.state.iter().map(each).sum()
-    }
-
-    /// All buckets' segments of one class in one fused call.
-    fn adamw(&self, table: &Table, parameters: &Parameters, grads: &[Tensor], scale: f64, class: Class, adamw: AdamW) {
-        let (mut params, mut gradients, mut firsts, mut seconds) = (vec![], vec![], vec![], vec![]);
-        for (index, bucket) in parameters.layout.buckets.iter().enumerate() {
-            let range = bucket.owned(&bucket.class(table, class));
-            let State::Moments { first, second } = &self.state[index] else {
-                continue;
-            };
-            if !range.is_empty() {
-                let part = |t: &Tensor| t.narrow(0, range.start as i64, range.len() as i64);
-                params.push(part(&parameters.masters[index]));
-                gradients.push(part(&grads[index]));
-                firsts.push(part(first));
-                seconds.push(part(second));
-            }
-        }
-        if params.is_empty() {
-            return;
-        }
-        let options = (Kind::Float, Device::Cpu);
-        let step = Tensor::full([], self.steps as f64, options).to_device(params[0].device());
-        let steps: Vec<Tensor> = params.iter().map(|_| step.shallow_clone()).collect();
-        let divisor = (scale != 1.0).then(|| Tensor::full([], 1.0 / scale, options).to_device(params[0].device()));
-        dispatcher::fused_adamw(&params, &gradients, &firsts, &seconds, &steps, divisor.as_ref(), adamw);
-    }
-
-    fn sgd(
-        &self,
-        table: &Table,
-        parameters: &Parameters,
-        grads: &[Tensor],
-        scale: f64,
-        class: Class,
-        [lr, weight_decay, momentum]: [f64; 3],
-    ) {
-        for (index, bucket) in parameters.layout.buckets.iter().enumerate() {
-            let range = bucket.owned(&bucket.class(table, class));
-            if range.is_empty() {
-                continue;
-            }
-            let part = |t: &Tensor| t.narrow(0, range.start as i64, range.len() as i64);
-            let mut master = part(&parameters.masters[index]);
-            let mut update = part(&grads[index]) * scale;
-            if let State::Velocity(velocity) = &self.state[index] {
-                let mut velocity = part(velocity);
-                let _ = velocity.g_mul_scalar_(momentum);
-                let _ = velocity.g_add_(&update);
-                update = velocity;
-            }
-            let _ = master.g_mul_scalar_(1.0 - lr * weight_decay);
-            let _ = master.g_add_(&(update * -lr));
-        }
+        self.state.iter().flatten().map(each).sum()
     }
 }

@@ -57,15 +57,15 @@ impl Parameters {
     }
 
     /// Copies the masters of bucket `index` into the model's weights, on all ranks. All ranks of `owners` call it.
-    pub fn publish(&mut self, index: usize, owners: &Group) {
+    pub fn publish(&self, index: usize, owners: &Group) {
         let bucket = &self.layout.buckets[index];
-        let flat = &mut self.flat[index];
+        let mut flat = self.flat[index].shallow_clone();
         let mut own = flat.narrow(0, bucket.own.start as i64, bucket.own.len() as i64);
         if own.data_ptr() != self.masters[index].data_ptr() {
             own.copy_(&self.masters[index]);
         }
         if bucket.own.len() < bucket.len {
-            owners.all_gather_into(&own, flat);
+            owners.all_gather_into(&own, &mut flat);
         }
     }
 

@@ -8,7 +8,9 @@ use dunlearn::dist::{Fault, World, run_threads_with};
 use dunlearn::model::init::Stream;
 use dunlearn::model::sharding::{Piece, Table};
 use dunlearn::model::{Architecture, Keep, ReferenceHead, Rope, Scaling};
-use dunlearn::train::{Batches, GradientBuffers, Losses, Optimizer, Reference, Schedule, Trainer, TrainerOptions};
+use dunlearn::train::{
+    Batches, GradientBuffers, GradientOptions, Losses, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
+};
 use dunlearn::unlearn;
 use tch::{Device, Kind, Tensor};
 
@@ -194,15 +196,23 @@ fn rank(
     };
     let schedule = config::Schedule { name: config::ScheduleName::Constant, ..Default::default() };
     let mut trainer = Trainer {
-        gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, Device::Cpu),
-        optimizer: Optimizer::new(&optimizer, &parameters),
+        gradients: GradientBuffers::new(
+            &decoder.table,
+            &parameters.layout,
+            &world.tp,
+            &world.dp,
+            GradientOptions::f32(Device::Cpu),
+        ),
+        optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
         schedule: Schedule::new(&schedule, optimizer.lr, case.steps, 1),
         method: unlearn::method(&method),
         options: TrainerOptions {
             keep: if layout.recompute { Keep::Inputs } else { Keep::Everything },
             logits_bytes: 4096.0,
             max_grad_norm: optimizer.max_grad_norm,
+            in_backward: false,
         },
+        broken: Trainer::whole(decoder.device),
         decoder,
         parameters,
     };
