@@ -40,6 +40,16 @@ impl Library {
         Err(Error::Open { library, reasons: reasons.join("; ") })
     }
 
+    /// Opens a library for everybody in this process (`RTLD_GLOBAL`), with all its functions resolved now.
+    pub fn open_global(path: &Path) -> Result<Self, Error> {
+        use libloading::os::unix;
+        // SAFETY: loading runs the library's initialisers; see `open`.
+        match unsafe { unix::Library::open(Some(path), unix::RTLD_NOW | unix::RTLD_GLOBAL) } {
+            Ok(handle) => Ok(Self { name: path.display().to_string(), handle: handle.into() }),
+            Err(error) => Err(Error::Open { library: path.display().to_string(), reasons: reason(&error) }),
+        }
+    }
+
     /// File name that was opened.
     pub fn name(&self) -> &str {
         &self.name

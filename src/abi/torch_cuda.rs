@@ -3,14 +3,14 @@
 //! The binary is linked to `libtorch_cpu.so` alone. `libtorch_cuda.so` registers its kernels when it is loaded, which must
 //! happen before libtorch is first asked about devices; its C functions are looked up afterwards.
 
-use std::ffi::{CStr, CString, OsStr, c_char, c_void};
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use tch::Tensor;
 
 use super::driver::Stream;
+use super::library::{self, Library};
 
 type Handle = *mut c_void;
 type Status = i32;
@@ -80,20 +80,10 @@ pub fn load() -> Result<(), String> {
 
 /// The folder of the loaded `libtorch_cpu.so`.
 pub fn folder() -> PathBuf {
-    // SAFETY: `dladdr` only looks an address up; its name is a string that lives as long as the library.
-    let path = unsafe {
-        let mut info: libc::Dl_info = std::mem::zeroed();
-        if libc::dladdr(torch_call_dispatcher as *const c_void, &raw mut info) == 0 || info.dli_fname.is_null() {
-            return PathBuf::new();
-        }
-        PathBuf::from(OsStr::from_bytes(CStr::from_ptr(info.dli_fname).to_bytes()))
-    };
-    path.canonicalize().unwrap_or(path).parent().map(Path::to_path_buf).unwrap_or_default()
+    library::folder_of("libtorch_cpu.so").unwrap_or_default()
 }
 
 unsafe extern "C" {
-    // only its address is used; by a direct reference it would be that of this binary's own jump table
-    fn torch_call_dispatcher(op: *const c_char, overload: *const c_char, stack: *mut u64, version: u64) -> i32;
     fn aoti_torch_empty_strided_pinned(
         dims: i64,
         sizes: *const i64,
@@ -106,39 +96,19 @@ unsafe extern "C" {
 }
 
 fn load_from(path: &Path) -> Result<Functions, String> {
-    let name = CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
-    // SAFETY: a library of the same libtorch that this process already runs; its initialisers register kernels.
-    let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    if library.is_null() {
-        return Err(format!("{}: {}", path.display(), dl_error()));
-    }
-    let find = |symbol: &CStr| {
-        // SAFETY: an open library and a name that ends in zero.
-        let address = unsafe { libc::dlsym(library, symbol.as_ptr()) };
-        if address.is_null() {
-            Err(format!("{} has no {}: not libtorch 2.11", path.display(), symbol.to_string_lossy()))
-        } else {
-            Ok(address)
-        }
-    };
-    // SAFETY: the types are those of libtorch 2.11's headers (stable/c/shim.h, aoti_torch/c/shim.h, generated/c_shim_cuda.h).
+    let library = Library::open_global(path).map_err(|error| error.to_string())?;
+    let words = |error: library::Error| format!("{error}; expected libtorch 2.11");
+    // SAFETY: the types are those of libtorch 2.11's headers (stable/c/shim.h, aoti_torch/c/shim.h, generated/c_shim_cuda.h); the
+    // library stays open for the life of the process.
     unsafe {
-        use std::mem::transmute;
-        Ok(Functions {
-            pool_stream: transmute::<Handle, _>(find(c"torch_get_cuda_stream_from_pool")?),
-            create_guard: transmute::<Handle, _>(find(c"aoti_torch_create_cuda_guard")?),
-            flash_forward: transmute::<Handle, _>(find(c"aoti_torch_cuda__flash_attention_forward")?),
-            flash_backward: transmute::<Handle, _>(find(c"aoti_torch_cuda__flash_attention_backward")?),
-        })
-    }
-}
-
-/// The dynamic linker's last complaint, without the part that every message begins with.
-fn dl_error() -> String {
-    // SAFETY: `dlerror` gives null or a string that lives until the next call of its kind on this thread.
-    unsafe {
-        let text = libc::dlerror();
-        if text.is_null() { "unknown error".to_owned() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
+        let functions = Functions {
+            pool_stream: library.function("torch_get_cuda_stream_from_pool").map_err(words)?,
+            create_guard: library.function("aoti_torch_create_cuda_guard").map_err(words)?,
+            flash_forward: library.function("aoti_torch_cuda__flash_attention_forward").map_err(words)?,
+            flash_backward: library.function("aoti_torch_cuda__flash_attention_backward").map_err(words)?,
+        };
+        std::mem::forget(library);
+        Ok(functions)
     }
 }
 
@@ -303,12 +273,12 @@ mod tests {
     #[test]
     fn a_library_that_is_not_there_is_told_with_its_path() {
         let text = load_from(Path::new("/nowhere/libtorch_cuda.so")).err().unwrap();
-        assert!(text.starts_with("/nowhere/libtorch_cuda.so: ") && text.contains("No such file"), "{text}");
+        assert!(text.starts_with("cannot open /nowhere/libtorch_cuda.so: ") && text.contains("No such file"), "{text}");
     }
 
     #[test]
     fn another_library_is_told_by_what_it_lacks() {
         let text = load_from(&folder().join("libc10.so")).err().unwrap();
-        assert!(text.contains("libc10.so has no torch_get_cuda_stream_from_pool"), "{text}");
+        assert!(text.contains("libc10.so has no function torch_get_cuda_stream_from_pool"), "{text}");
     }
 }

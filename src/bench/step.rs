@@ -199,6 +199,8 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
         momentum: None,
         weight_decay: 0.01,
         max_grad_norm: 1.0,
+        state_dtype: None,
+        in_backward: false,
     };
     let method = config::Method {
         objective: config::Objective::Npo,

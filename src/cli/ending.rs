@@ -9,7 +9,6 @@ use std::time::Duration;
 /// Exit code after a panic.
 const EXIT_PANIC: i32 = 101;
 /// Exit code after a collective outlasted its deadline.
-#[cfg(feature = "mpi")]
 const EXIT_TIMEOUT: i32 = 102;
 /// Exit code after the launcher has died.
 const EXIT_ORPHAN: i32 = 103;
@@ -54,7 +53,6 @@ pub(super) fn on_panic_end_the_job(rank: usize) {
 }
 
 /// What the watchdog does when a deadline has passed; it runs on its own thread and must not call MPI.
-#[cfg(feature = "mpi")]
 pub(super) fn on_timeout(rank: usize, message: &str) {
     say_now(rank, message);
     std::process::exit(EXIT_TIMEOUT);

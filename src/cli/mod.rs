@@ -6,6 +6,7 @@
 
 mod arguments;
 mod bench;
+mod device;
 mod ending;
 mod launch;
 mod run;

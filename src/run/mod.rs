@@ -16,7 +16,7 @@ pub use summary::{Evaluations, Summary};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tch::Kind;
+use tch::{Device, Kind};
 
 use crate::checkpoint::{ExportOptions, export};
 use crate::config::{self, Config};
@@ -36,6 +36,10 @@ use reference::{Identity, ReferenceCache, ReferenceOptions};
 /// What a run is given besides its configuration.
 pub struct Context {
     pub world: World,
+    /// What this rank computes on.
+    pub device: Device,
+    /// The same in words, or why not on a GPU.
+    pub about_device: String,
     pub console: Console,
     pub log: LogFile,
     /// Start of the process, for the time to the first step.
@@ -62,26 +66,31 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     tracing::info!("dunlearn {}: {}", env!("CARGO_PKG_VERSION"), config.run.dir.display());
     let (mesh, threads) = (world.mesh, tch::get_num_threads());
     let ranks = format!("ranks: {} (tp {} x dp {}), CPU threads of each: {threads}", mesh.world(), mesh.tp, mesh.dp);
-    tracing::info!("{ranks}; this version has no GPU backend");
+    tracing::info!("{ranks}");
+    tell_devices(&context);
     tracing::debug!("{mesh}");
     let mut inputs = Inputs::read(config, world)?;
     strike(Phase::Load)?;
     // nothing of an earlier run is touched before the new one's inputs are known to be good
     let folder = RunFolder::create(config, &context)?;
     let mut metrics = folder.metrics(config, &context)?;
-    let Loaded { decoder, parameters, identity } = inputs.load(config, world, console)?;
+    let Loaded { decoder, parameters, identity } = inputs.load(config, world, context.device, console)?;
     let (memory, steps) = (MemoryLine::of(&parameters), total_steps(config, &inputs));
 
     let batches = batches(config, &inputs);
     let forward =
         ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
-    let gradients = GradientBuffers::new(
-        &decoder.table,
-        &parameters.layout,
-        &world.tp,
-        &world.dp,
-        GradientOptions::f32(decoder.device),
-    );
+    let float = |float| match float {
+        config::Float::F32 => Kind::Float,
+        config::Float::Bf16 => Kind::BFloat16,
+    };
+    let holding = GradientOptions {
+        kind: float(config.train.grad_dtype),
+        reduce: float(config.parallel.reduce_dtype),
+        release: config.optimizer.in_backward,
+        device: decoder.device,
+    };
+    let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding);
     let optimizer = Optimizer::new(&config.optimizer, &decoder.table, &parameters);
     memory.print(&gradients, &optimizer);
     let per_epoch = batches.order.steps_per_epoch();
@@ -89,13 +98,13 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
         schedule: Schedule::new(&config.schedule, config.optimizer.lr, steps, per_epoch),
         method: unlearn::method(&config.method),
         options: TrainerOptions {
+            in_backward: config.optimizer.in_backward,
             keep: match config.train.recompute {
                 config::Recompute::None => Keep::Everything,
                 config::Recompute::HalfBlock => Keep::Inputs,
             },
             logits_bytes: forward.logits_bytes,
             max_grad_norm: config.optimizer.max_grad_norm,
-            in_backward: false,
         },
         broken: Trainer::whole(decoder.device),
         decoder,
@@ -183,6 +192,18 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     folder.write_summary(&summary, world)?;
     summary.print(&folder.path, console);
     Ok(summary)
+}
+
+/// One line for each kind of thing that the ranks say of their devices. All ranks call it.
+fn tell_devices(context: &Context) {
+    let all = context.world.world.gather_bytes(context.about_device.as_bytes());
+    let mut told = Vec::new();
+    for line in all {
+        if !told.contains(&line) {
+            tracing::info!("{}", String::from_utf8_lossy(&line));
+            told.push(line);
+        }
+    }
 }
 
 fn total_steps(config: &Config, inputs: &Inputs) -> usize {

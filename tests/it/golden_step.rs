@@ -303,6 +303,8 @@ fn optimizers_follow_torch() {
             momentum: get("momentum"),
             weight_decay: get("weight_decay").unwrap(),
             max_grad_norm: 1.0,
+            state_dtype: None,
+            in_backward: false,
         };
         let arch = tiny::architecture("llama_gqa");
         let (decoder, parameters) = tiny::model(&arch, &World::solo(), Spread::default(), Kind::Float, 0);

@@ -193,6 +193,8 @@ fn rank(
         momentum: (case.optimizer == config::OptimizerName::Sgd).then_some(0.9),
         weight_decay: 0.1,
         max_grad_norm: 0.5,
+        state_dtype: None,
+        in_backward: false,
     };
     let schedule = config::Schedule { name: config::ScheduleName::Constant, ..Default::default() };
     let mut trainer = Trainer {
