@@ -20,6 +20,8 @@ pub struct World {
     /// The ranks that hold the same shard of the other copies.
     pub dp: Rc<Group>,
     pub watchdog: Watchdog,
+    /// The other ranks are not there, see [`super::planned`].
+    pub planned: bool,
 }
 
 impl World {
@@ -64,6 +66,7 @@ impl World {
             tp: group("tp"),
             dp: group("dp"),
             watchdog: Watchdog::new(std::time::Duration::MAX),
+            planned: false,
         }
     }
 
@@ -95,6 +98,7 @@ pub fn tcp_world(
         tp: group("tp", 1 + mesh.dp_rank(), row),
         dp: group("dp", 1 + mesh.dp + mesh.tp_rank(), column),
         watchdog: watchdog.clone(),
+        planned: false,
     })
 }
 
@@ -124,5 +128,6 @@ pub fn mpi_world(
         dp: group("dp", column),
         world: group("world", all),
         watchdog: watchdog.clone(),
+        planned: false,
     })
 }

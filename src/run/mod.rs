@@ -26,6 +26,7 @@ use crate::eval::{self, ForwardOptions, LikelihoodScores};
 use crate::model::Keep;
 use crate::model::sharding::Table;
 use crate::telemetry::{Console, LogFile, table};
+use crate::train;
 use crate::train::{
     Batches, GradientBuffers, GradientOptions, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
 };
@@ -80,13 +81,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let batches = batches(config, &inputs);
     let forward =
         ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
-    let float = |float| match float {
-        config::Float::F32 => Kind::Float,
-        config::Float::Bf16 => Kind::BFloat16,
-    };
     let holding = GradientOptions {
-        kind: float(config.train.grad_dtype),
-        reduce: float(config.parallel.reduce_dtype),
+        kind: train::kind(config.train.grad_dtype),
+        reduce: train::kind(config.parallel.reduce_dtype),
         release: config.optimizer.in_backward,
         device: decoder.device,
     };

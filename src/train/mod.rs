@@ -19,3 +19,11 @@ pub use optimizer::{Optimizer, Update};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
 pub use step::{Launched, Losses, Method, NonFinite, Reference, Retain, StepReport, Trainer, TrainerOptions};
+
+/// The kind of tensor that a configuration names.
+pub fn kind(float: crate::config::Float) -> tch::Kind {
+    match float {
+        crate::config::Float::F32 => tch::Kind::Float,
+        crate::config::Float::Bf16 => tch::Kind::BFloat16,
+    }
+}
