@@ -5,6 +5,8 @@
 
 pub mod dispatcher;
 pub mod driver;
+#[cfg(test)]
+pub mod emulator;
 pub mod host;
 pub mod library;
 pub mod module;

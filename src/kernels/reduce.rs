@@ -2,19 +2,30 @@
 
 use std::sync::Mutex;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::real::vectorised;
+use super::cuda;
+use super::real::{Real, on_cpu, vectorised};
 use crate::abi::parallel;
 use crate::abi::slices::slice;
 
-/// Sum of the squares of a contiguous f32 tensor, added up in f64 over fixed blocks: the same for any number of threads.
+/// Sum of the squares of a contiguous f32 or bf16 tensor, added up in f64 over fixed blocks: the same for any number of
+/// threads. Waits for the device.
 pub fn sum_of_squares(x: &Tensor) -> f64 {
-    if x.device() != Device::Cpu {
-        return f64::try_from(x.square().sum(Kind::Double)).expect("invariant: a sum is one number");
+    f64::try_from(sum_of_squares_tensor(x)).expect("invariant: a sum is one number")
+}
+
+/// As [`sum_of_squares`], as a scalar f64 tensor on `x`'s device: nobody waits.
+pub fn sum_of_squares_tensor(x: &Tensor) -> Tensor {
+    if let Some(on) = cuda::launcher(x) {
+        return cuda::reduce::sum_of_squares(on, x);
     }
+    on_cpu!(x, T => Tensor::from(sum::<T>(slice(x))))
+        .unwrap_or_else(|| x.to_kind(Kind::Double).square().sum(Kind::Double))
+}
+
+fn sum<T: Real>(values: &[T]) -> f64 {
     const BLOCK: usize = 1 << 16;
-    let values = slice::<f32>(x);
     let blocks = Mutex::new(vec![0.0; values.len().div_ceil(BLOCK)]);
     parallel::for_range(values.len().div_ceil(BLOCK), 1, &|range| {
         for block in range {
@@ -27,21 +38,24 @@ pub fn sum_of_squares(x: &Tensor) -> f64 {
 }
 
 vectorised! {
-    fn squares(x: &[f32]) -> f64 {
+    fn squares<T: Real>(x: &[T]) -> f64 {
+        let square = |x: &T| f64::from(x.get()) * f64::from(x.get());
         let mut lanes = [0.0f64; 8];
         let mut chunks = x.chunks_exact(8);
         for chunk in &mut chunks {
-            for (lane, &x) in lanes.iter_mut().zip(chunk) {
-                *lane += f64::from(x) * f64::from(x);
+            for (lane, x) in lanes.iter_mut().zip(chunk) {
+                *lane += square(x);
             }
         }
-        let rest: f64 = chunks.remainder().iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+        let rest: f64 = chunks.remainder().iter().map(square).sum();
         lanes.iter().sum::<f64>() + rest
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
 
     #[test]
@@ -51,5 +65,8 @@ mod tests {
         let square = f64::from(1e-4f32) * f64::from(1e-4f32);
         assert!((sum_of_squares(&x) / (square * n as f64) - 1.0).abs() < 1e-12);
         assert_eq!(sum_of_squares(&x.narrow(0, 0, 0)), 0.0);
+        let half = x.to_kind(Kind::BFloat16);
+        let square = half.double_value(&[0]).powi(2);
+        assert!((sum_of_squares(&half) / (square * n as f64) - 1.0).abs() < 1e-12);
     }
 }
