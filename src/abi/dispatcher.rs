@@ -1,4 +1,4 @@
-//! Operators that tch hides, called through libtorch's C dispatcher (`torch/csrc/stable/c/shim.h`, stable since 2.10).
+//! Operators that tch hides, for tests to compare with, called through libtorch's C dispatcher (`torch/csrc/stable/c/shim.h`, stable since 2.10).
 //!
 //! Arguments and results are 64-bit words: a tensor or list is a handle that the callee takes, an integer or bool its
 //! value, a float the bits of an f64, an absent optional 0.
@@ -32,8 +32,7 @@ pub struct AdamW {
 /// One AdamW step in place on lists of f32 tensors: `aten::_fused_adamw_`.
 ///
 /// `params, grads, first, second`: same shapes pairwise. `steps`: one f32 scalar each, the number of this step (from 1).
-/// `grad_scale`: f32 scalar that gradients are divided by. `found_inf`: f32 scalar; nothing changes where it is 1.
-#[expect(clippy::too_many_arguments, reason = "the operator's own")]
+/// `grad_scale`: f32 scalar that gradients are divided by.
 pub fn fused_adamw(
     params: &[Tensor],
     grads: &[Tensor],
@@ -41,7 +40,6 @@ pub fn fused_adamw(
     second: &[Tensor],
     steps: &[Tensor],
     grad_scale: Option<&Tensor>,
-    found_inf: Option<&Tensor>,
     adamw: AdamW,
 ) {
     let good = |list: &[Tensor]| {
@@ -52,12 +50,9 @@ pub fn fused_adamw(
     };
     assert!([params, grads, first, second].into_iter().all(good), "invariant: contiguous f32 tensors of equal shapes");
     let scalar = |t: &Tensor| t.numel() == 1 && t.kind() == Kind::Float;
-    assert!(
-        steps.len() == params.len() && steps.iter().chain(grad_scale).chain(found_inf).all(scalar),
-        "invariant: f32 scalars"
-    );
+    assert!(steps.len() == params.len() && steps.iter().chain(grad_scale).all(scalar), "invariant: f32 scalars");
     let float = |x: f64| x.to_bits();
-    let optional = |t: Option<&Tensor>| t.map_or(0, |t| some(handle(t)));
+    let scale = grad_scale.map_or(0, |scale| some(handle(scale)));
     let mut stack = [
         list(params),
         list(grads),
@@ -72,8 +67,8 @@ pub fn fused_adamw(
         float(adamw.eps),
         0, // amsgrad
         0, // maximize
-        optional(grad_scale),
-        optional(found_inf),
+        scale,
+        0, // found_inf
     ];
     call("aten::_fused_adamw_", &mut stack);
 }
@@ -137,7 +132,7 @@ mod tests {
             // the fused kernel divides the gradients in place
             let (p, grads) = ([p.shallow_clone()], [g.copy()]);
             let (m, v) = ([m.shallow_clone()], [v.shallow_clone()]);
-            fused_adamw(&p, &grads, &m, &v, &[Tensor::from(step as f32)], Some(&scale), None, adamw);
+            fused_adamw(&p, &grads, &m, &v, &[Tensor::from(step as f32)], Some(&scale), adamw);
             for (i, g) in [0.1f64, -0.2, 0.0].iter().enumerate() {
                 m0[i] = 0.9 * m0[i] + 0.1 * g;
                 v0[i] = 0.99 * v0[i] + 0.01 * g * g;

@@ -45,13 +45,6 @@ pub fn set_variable(name: &str, value: &str) {
     unsafe { std::env::set_var(name, value) };
 }
 
-/// As [`set_variable`] unless the user has set it.
-pub fn default_variable(name: &str, value: &str) {
-    if std::env::var_os(name).is_none() {
-        set_variable(name, value);
-    }
-}
-
 /// Whether standard error is a terminal.
 pub fn stderr_is_terminal() -> bool {
     use std::io::IsTerminal;

@@ -3,8 +3,11 @@
 //!
 //! Everything that leaves this room is safe to call. It must not know what the tensors mean.
 
+#[cfg(test)]
 pub mod dispatcher;
 pub mod driver;
+#[cfg(test)]
+pub mod emulator;
 pub mod host;
 pub mod library;
 pub mod module;

@@ -38,6 +38,8 @@ pub struct Image {
 /// The compiler.
 pub struct Nvrtc {
     library: Library,
+    /// Its built-in functions, which it looks for by name among the libraries that are loaded.
+    _builtins: Option<Library>,
     version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int,
     error: unsafe extern "C" fn(c_int) -> *const c_char,
     num_architectures: unsafe extern "C" fn(*mut c_int) -> c_int,
@@ -88,6 +90,14 @@ impl Nvrtc {
     /// Opens the first of `candidates` that loads.
     pub fn open(candidates: &[PathBuf]) -> Result<Self> {
         let library = Library::open(candidates)?;
+        let builtins = library::folder_of("libnvrtc.so").and_then(|folder| {
+            let beside = std::fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+            let named = |path: &PathBuf| {
+                let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+                name.starts_with("libnvrtc-builtins.so")
+            };
+            Library::open(&beside.filter(named).collect::<Vec<_>>()).ok()
+        });
         // SAFETY: the signatures are those of nvrtc.h; the library lives as long as its functions.
         unsafe {
             Ok(Self {
@@ -104,6 +114,7 @@ impl Nvrtc {
                 cubin: (library.function("nvrtcGetCUBINSize")?, library.function("nvrtcGetCUBIN")?),
                 ptx: (library.function("nvrtcGetPTXSize")?, library.function("nvrtcGetPTX")?),
                 library,
+                _builtins: builtins,
             })
         }
     }

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::ffi::c_void;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
@@ -48,28 +49,45 @@ pub fn for_range(len: usize, grain: usize, body: &(dyn Fn(Range<usize>) + Sync))
 }
 
 /// A slice cut into chunks of equal length (the last may be shorter) that several threads write, each its own chunks.
-struct Chunks<T> {
+pub struct Chunks<'a, T> {
     start: *mut T,
     len: usize,
     chunk: usize,
+    slice: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: `Chunks` only hands out chunks that the parallel loop made disjoint, and T itself may be sent.
-unsafe impl<T: Send> Sync for Chunks<T> {}
+unsafe impl<T: Send> Sync for Chunks<'_, T> {}
 
-impl<T> Chunks<T> {
-    fn new(slice: &mut [T], chunk: usize) -> Self {
+impl<'a, T> Chunks<'a, T> {
+    pub fn new(slice: &'a mut [T], chunk: usize) -> Self {
         assert!(chunk > 0 || slice.is_empty(), "invariant: chunks are not empty");
-        Self { start: slice.as_mut_ptr(), len: slice.len(), chunk: chunk.max(1) }
+        Self { start: slice.as_mut_ptr(), len: slice.len(), chunk: chunk.max(1), slice: PhantomData }
+    }
+}
+
+/// What a parallel loop writes: chunks, or several outputs with the same number of chunks, some of them absent.
+pub trait Output: Sync {
+    type Chunk;
+
+    /// None where there is nothing to write.
+    fn count(&self) -> Option<usize>;
+
+    /// One chunk to write.
+    ///
+    /// # Safety
+    /// Every index below the count is used at most once in the output's life.
+    unsafe fn chunk(&self, index: usize) -> Self::Chunk;
+}
+
+impl<'a, T: Send> Output for Chunks<'a, T> {
+    type Chunk = &'a mut [T];
+
+    fn count(&self) -> Option<usize> {
+        Some(self.len.div_ceil(self.chunk))
     }
 
-    fn count(&self) -> usize {
-        self.len.div_ceil(self.chunk)
-    }
-
-    /// SAFETY: every index is used by one thread once, while the slice is borrowed mutably.
-    #[expect(clippy::mut_from_ref, reason = "disjoint chunks of one mutable borrow")]
-    unsafe fn get(&self, index: usize) -> &mut [T] {
+    unsafe fn chunk(&self, index: usize) -> &'a mut [T] {
         let begin = index * self.chunk;
         let end = (begin + self.chunk).min(self.len);
         // SAFETY: begin..end lies inside the slice; see the function's contract for the rest.
@@ -77,17 +95,60 @@ impl<T> Chunks<T> {
     }
 }
 
+impl<O: Output> Output for Option<O> {
+    type Chunk = Option<O::Chunk>;
+
+    fn count(&self) -> Option<usize> {
+        self.as_ref().and_then(Output::count)
+    }
+
+    unsafe fn chunk(&self, index: usize) -> Self::Chunk {
+        // SAFETY: the same contract.
+        self.as_ref().map(|output| unsafe { output.chunk(index) })
+    }
+}
+
+macro_rules! several {
+    ($($name:ident $at:tt),*) => {
+        impl<$($name: Output),*> Output for ($($name,)*) {
+            type Chunk = ($($name::Chunk,)*);
+
+            fn count(&self) -> Option<usize> {
+                let counts = [$(self.$at.count()),*];
+                let mut present = counts.into_iter().flatten();
+                let first = present.next();
+                assert!(present.all(|n| Some(n) == first), "invariant: outputs of one loop have the same number of chunks");
+                first
+            }
+
+            unsafe fn chunk(&self, index: usize) -> Self::Chunk {
+                // SAFETY: the same contract.
+                unsafe { ($(self.$at.chunk(index),)*) }
+            }
+        }
+    };
+}
+several!(A 0, B 1);
+several!(A 0, B 1, C 2);
+several!(A 0, B 1, C 2, D 3);
+
+/// Calls `body(i, chunk i of each output)` for all chunks, in parallel.
+///
+/// `grain`: smallest number of chunks worth a thread.
+pub fn for_outputs<O: Output>(outputs: O, grain: usize, body: impl Fn(usize, O::Chunk) + Sync) {
+    for_range(outputs.count().unwrap_or(0), grain, &|range| {
+        for index in range {
+            // SAFETY: `for_range` calls with disjoint ranges inside 0..count.
+            body(index, unsafe { outputs.chunk(index) });
+        }
+    });
+}
+
 /// Calls `body(i, chunk i of out)` for all chunks of `chunk` elements, in parallel.
 ///
 /// `grain`: smallest number of chunks worth a thread.
 pub fn for_chunks<T: Send>(out: &mut [T], chunk: usize, grain: usize, body: impl Fn(usize, &mut [T]) + Sync) {
-    let out = Chunks::new(out, chunk);
-    for_range(out.count(), grain, &|range| {
-        for index in range {
-            // SAFETY: `for_range` calls with disjoint ranges inside 0..count.
-            body(index, unsafe { out.get(index) });
-        }
-    });
+    for_outputs(Chunks::new(out, chunk), grain, body);
 }
 
 /// As [`for_chunks`] with two outputs that have the same number of chunks.
@@ -97,15 +158,8 @@ pub fn for_chunks2<A: Send, B: Send>(
     grain: usize,
     body: impl Fn(usize, &mut [A], &mut [B]) + Sync,
 ) {
-    let (first, second) = (Chunks::new(first, first_chunk), Chunks::new(second, second_chunk));
-    assert_eq!(first.count(), second.count(), "invariant: two outputs of one loop have the same number of chunks");
-    for_range(first.count(), grain, &|range| {
-        for index in range {
-            // SAFETY: `for_range` calls with disjoint ranges inside 0..count.
-            let (a, b) = unsafe { (first.get(index), second.get(index)) };
-            body(index, a, b);
-        }
-    });
+    let outputs = (Chunks::new(first, first_chunk), Chunks::new(second, second_chunk));
+    for_outputs(outputs, grain, |index, (a, b)| body(index, a, b));
 }
 
 #[cfg(test)]

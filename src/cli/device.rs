@@ -72,7 +72,9 @@ fn share_gpu(library: nccl::Nccl, rank: usize) {
         for (name, value) in [("NCCL_P2P_DISABLE", "1"), ("NCCL_SHM_DISABLE", "1"), ("NCCL_IB_DISABLE", "1")] {
             host::set_variable(name, value);
         }
-        host::default_variable("NCCL_SOCKET_IFNAME", "lo");
+        if std::env::var_os("NCCL_SOCKET_IFNAME").is_none() {
+            host::set_variable("NCCL_SOCKET_IFNAME", "lo");
+        }
     }
 }
 

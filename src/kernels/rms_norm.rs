@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::cuda;
 use super::real::{Real, grain, on_cpu, sum, vectorised};
 use crate::abi::parallel;
 use crate::abi::slices::{slice, slice_mut};
@@ -10,12 +11,18 @@ use crate::abi::slices::{slice, slice_mut};
 ///
 /// `x: [rows, width]`, `weight: [width]` of the same kind. Gives `y: [rows, width]` and `1/rms: [rows]` f32.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    if let Some(on) = cuda::launcher(x) {
+        return cuda::rms_norm::forward(on, x, weight, eps);
+    }
     let rms = rstd(x, eps);
     (apply(x, weight, &rms), rms)
 }
 
 /// `x` normalised with `1/rms` already known.
 pub fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
+    if let Some(on) = cuda::launcher(x) {
+        return cuda::rms_norm::apply(on, x, weight, rstd);
+    }
     let width = x.size()[1] as usize;
     let x = x.contiguous();
     let fused = on_cpu!(x, T => {
@@ -37,6 +44,9 @@ pub fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
 /// With `g = dy * weight` and `n = x * rstd`: `dx = rstd * (g - n * mean(g * n))`, `dweight = sum over rows of dy * n`.
 /// `dy, x: [rows, width]`, `grad: [rows, width]` accumulated in its own kind; the result is `[width]` f32.
 pub fn backward(grad: &mut Tensor, dy: &Tensor, x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
+    if let Some(on) = cuda::launcher(x).filter(|_| cuda::rms_norm::takes_backward(x.size()[1])) {
+        return cuda::rms_norm::backward(on, grad, dy, x, weight, rstd);
+    }
     let (rows, width) = (x.size()[0] as usize, x.size()[1] as usize);
     let (x, dy) = (x.contiguous(), dy.contiguous());
     let fused = on_cpu!(x, T => {

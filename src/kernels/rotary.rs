@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::cuda;
 use super::real::{Real, grain, on_cpu, vectorised};
 use crate::abi::parallel;
 use crate::abi::slices::{slice, slice_mut};
@@ -14,6 +15,9 @@ pub fn rotate(x: &mut Tensor, heads: i64, head_dim: i64, cos: &Tensor, sin: &Ten
     let (rows, width) = (x.size()[0] as usize, x.size()[1] as usize);
     let half = cos.size()[1];
     assert!(heads * head_dim <= width as i64 && 2 * half <= head_dim, "invariant: the heads lie inside the row");
+    if let Some(on) = cuda::launcher(x) {
+        return cuda::rotary::rotate(on, x, heads, head_dim, cos, sin, inverse);
+    }
     let fused = on_cpu!(x, T => {
         let (cos, sin) = (slice::<f32>(cos), slice::<f32>(sin));
         let (half, head_dim, heads) = (half as usize, head_dim as usize, heads as usize);

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::cuda;
 use super::real::{LANES, Real, exp, on_cpu, sum, vectorised};
 use crate::abi::parallel;
 use crate::abi::slices::{slice, slice_mut};
@@ -14,6 +15,9 @@ pub const STATISTICS: i64 = 4;
 /// `logits: [rows, width]`; `target: [rows]` i64, index into this part, or negative when the target is elsewhere (its logit
 /// is then 0). The index of the maximum is the first one's.
 pub fn statistics(logits: &Tensor, target: &Tensor) -> Tensor {
+    if let Some(on) = cuda::launcher(logits) {
+        return cuda::softmax::statistics(on, logits, target);
+    }
     let (rows, width) = (logits.size()[0] as usize, logits.size()[1] as usize);
     let fused = on_cpu!(logits, T => {
         let mut out = Tensor::empty([rows as i64, STATISTICS], (Kind::Float, logits.device()));
@@ -42,6 +46,9 @@ pub fn statistics(logits: &Tensor, target: &Tensor) -> Tensor {
 ///
 /// `log_sum, weight: [rows]` f32 over the whole vocabulary; `target` as in [`statistics`]. No other rank is needed.
 pub fn gradient(logits: &mut Tensor, log_sum: &Tensor, weight: &Tensor, target: &Tensor) {
+    if let Some(on) = cuda::launcher(logits) {
+        return cuda::softmax::gradient(on, logits, log_sum, weight, target);
+    }
     let width = logits.size()[1] as usize;
     let fused = on_cpu!(logits, T => {
         let (log_sum, weight, target) = (slice::<f32>(log_sum), slice::<f32>(weight), slice::<i64>(target));
@@ -67,6 +74,9 @@ pub fn gradient(logits: &mut Tensor, log_sum: &Tensor, weight: &Tensor, target: 
 ///
 /// Summed over the ranks and with `log_sum - ref_log_sum` added this is KL(reference || model) of the row.
 pub fn cross_difference(logits: &Tensor, reference: &Tensor, ref_log_sum: &Tensor) -> Tensor {
+    if let Some(on) = cuda::launcher(logits) {
+        return cuda::softmax::cross_difference(on, logits, reference, ref_log_sum);
+    }
     let (rows, width) = (logits.size()[0] as usize, logits.size()[1] as usize);
     let fused = on_cpu!(logits, T => {
         let mut out = Tensor::empty([rows as i64], (Kind::Float, logits.device()));
@@ -91,6 +101,9 @@ pub fn divergence_gradient(
     ref_log_sum: &Tensor,
     weight: &Tensor,
 ) {
+    if let Some(on) = cuda::launcher(logits) {
+        return cuda::softmax::divergence_gradient(on, logits, log_sum, reference, ref_log_sum, weight);
+    }
     let width = logits.size()[1] as usize;
     let fused = on_cpu!(logits, T => {
         let (b, ref_log_sum) = (slice::<T>(reference), slice::<f32>(ref_log_sum));

@@ -2,12 +2,16 @@
 
 use tch::{Kind, Tensor};
 
+use super::cuda;
 use super::real::{Real, exp, grain, on_cpu, vectorised};
 use crate::abi::parallel;
 use crate::abi::slices::{slice, slice_mut};
 
 /// `gate_up: [rows, 2 * width]` (gate first) to `[rows, width]`.
 pub fn forward(gate_up: &Tensor) -> Tensor {
+    if let Some(on) = cuda::launcher(gate_up) {
+        return cuda::swiglu::forward(on, gate_up);
+    }
     let (rows, width) = (gate_up.size()[0], gate_up.size()[1] / 2);
     let fused = on_cpu!(gate_up, T => {
         let mut out = Tensor::empty([rows, width], (gate_up.kind(), gate_up.device()));
@@ -30,6 +34,9 @@ pub fn forward(gate_up: &Tensor) -> Tensor {
 pub fn backward(grad: &Tensor, gate_up: &Tensor) -> (Tensor, Tensor) {
     let width = gate_up.size()[1] / 2;
     let grad = grad.contiguous();
+    if let Some(on) = cuda::launcher(gate_up) {
+        return cuda::swiglu::backward(on, &grad, gate_up);
+    }
     let fused = on_cpu!(gate_up, T => {
         let mut d_gate_up = gate_up.empty_like();
         let mut activation = grad.empty_like();

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::parameters::Parameters;
-use crate::abi::dispatcher::{self, AdamW};
 use crate::config;
+use crate::kernels::moment::{Codes, Moment, Storage};
+use crate::kernels::optimizer::{self as kernel, AdamW, Extras, Sgd};
 use crate::model::sharding::{Class, Table};
 
 /// An update rule with its state.
@@ -33,10 +34,14 @@ struct Segment {
     state: State,
 }
 
-/// f32, of the size of the segment.
+/// Of the size of the segment.
 enum State {
-    Moments { first: Tensor, second: Tensor },
-    Velocity(Tensor),
+    Moments {
+        first: Moment,
+        second: Moment,
+    },
+    /// f32.
+    Velocity(Moment),
     Nothing,
 }
 
@@ -60,13 +65,20 @@ impl Optimizer {
                 Rule::Sgd { momentum: config.momentum.unwrap_or(config::Optimizer::MOMENTUM) }
             }
         };
+        let storage = match config.state_dtype.unwrap_or_default() {
+            config::StateDtype::F32 => Storage::F32,
+            config::StateDtype::Bf16 => Storage::Bf16,
+            config::StateDtype::Int8 => Storage::Block8,
+        };
         let state = parameters.layout.buckets.iter().zip(&parameters.masters).map(|(bucket, master)| {
             let segments = bucket.segments(table).into_iter().filter(|segment| !segment.own.is_empty());
             let with_state = segments.map(|segment| {
-                let zeros = || Tensor::zeros([segment.own.len() as i64], (Kind::Float, master.device()));
+                let zeros = |storage, codes| Moment::zeros(storage, codes, segment.own.len() as i64, master.device());
                 let state = match rule {
-                    Rule::AdamW { .. } => State::Moments { first: zeros(), second: zeros() },
-                    Rule::Sgd { momentum } if momentum > 0.0 => State::Velocity(zeros()),
+                    Rule::AdamW { .. } => {
+                        State::Moments { first: zeros(storage, Codes::Signed), second: zeros(storage, Codes::Unsigned) }
+                    }
+                    Rule::Sgd { momentum } if momentum > 0.0 => State::Velocity(zeros(Storage::F32, Codes::Signed)),
                     Rule::Sgd { .. } => State::Nothing,
                 };
                 Segment { class: segment.class, unit: segment.unit, own: segment.own, state }
@@ -81,46 +93,36 @@ impl Optimizer {
         self.steps += 1;
     }
 
-    /// Moves the masters of one bucket by its gradients; the weights of the model follow when they are published.
+    /// Moves the masters of one bucket by its gradients, and this rank's own part of the model's weights with them; the other
+    /// parts follow with [`Parameters::gather`].
     ///
     /// `grad`: this rank's own part of the bucket. Weight decay is decoupled and for matrices only:
     /// `w *= 1 - lr * weight_decay` before the update.
-    pub fn update(&self, parameters: &Parameters, bucket: usize, grad: &Tensor, update: &Update) {
-        for segment in &self.state[bucket] {
+    pub fn update(&mut self, parameters: &Parameters, bucket: usize, grad: &Tensor, update: &Update) {
+        for segment in &mut self.state[bucket] {
             let part = |t: &Tensor| t.narrow(0, segment.own.start as i64, segment.own.len() as i64);
-            let (master, grad) = (part(&parameters.masters[bucket]), part(grad).to_kind(Kind::Float));
+            let (mut master, grad) = (part(&parameters.masters[bucket]), part(grad));
             let weight_decay = if segment.class == Class::Matrix { self.weight_decay } else { 0.0 };
             let scale = (update.scale)(segment.unit);
-            match (&self.rule, &segment.state) {
-                (Rule::AdamW { betas, eps }, State::Moments { first, second }) => {
-                    let adamw = AdamW { lr: update.lr, beta1: betas[0], beta2: betas[1], weight_decay, eps: *eps };
-                    let step = Tensor::full([1], self.steps as f64, (Kind::Float, master.device()));
-                    let divisor = scale.reciprocal();
-                    dispatcher::fused_adamw(
-                        &[master],
-                        &[grad],
-                        &[first.shallow_clone()],
-                        &[second.shallow_clone()],
-                        &[step],
-                        Some(&divisor),
-                        Some(update.skip),
-                        adamw,
-                    );
+            let mut copy = parameters.rounded(bucket).map(|own| part(&own));
+            let extras = Extras { scale: Some(&scale), skip: Some(update.skip), copy: copy.as_mut() };
+            match (&self.rule, &mut segment.state) {
+                (Rule::AdamW { betas: [beta1, beta2], eps }, State::Moments { first, second }) => {
+                    let (beta1, beta2, eps, step) = (*beta1, *beta2, *eps, self.steps as i64);
+                    let numbers = AdamW { lr: update.lr, beta1, beta2, eps, weight_decay, step };
+                    kernel::adamw(&mut master, &grad, first, second, &numbers, extras);
                 }
                 (Rule::Sgd { momentum }, state) => {
-                    // written so that a gradient that is no number does not reach the weights of a skipped step
-                    let zero = grad.zeros_like();
-                    let skip = update.skip.gt(0.0);
-                    let mut move_by = zero.where_self(&skip, &(grad * scale));
-                    if let State::Velocity(velocity) = state {
-                        let mut velocity = velocity.shallow_clone();
-                        let _ = velocity.g_mul_scalar_(*momentum);
-                        move_by = velocity.g_add_(&move_by);
+                    if weight_decay > 0.0 {
+                        let keep = 1.0 - update.skip;
+                        let _ = master.g_mul_(&(1.0 - keep * (update.lr * weight_decay)));
                     }
-                    let mut master = master;
-                    let keep = 1.0 - update.skip;
-                    let _ = master.g_mul_(&(1.0 - &keep * (update.lr * weight_decay)));
-                    let _ = master.g_add_(&(move_by * keep * -update.lr));
+                    let velocity = match state {
+                        State::Velocity(velocity) => Some(velocity),
+                        _ => None,
+                    };
+                    let numbers = Sgd { lr: update.lr, momentum: *momentum, weight_decay: 0.0 };
+                    kernel::sgd(&mut master, &grad, velocity, &numbers, extras);
                 }
                 _ => unreachable!("invariant: the state belongs to the rule"),
             }
@@ -128,10 +130,9 @@ impl Optimizer {
     }
 
     pub fn bytes(&self) -> usize {
-        let size = |t: &Tensor| t.numel() * t.kind().elt_size_in_bytes();
         let each = |segment: &Segment| match &segment.state {
-            State::Moments { first, second } => size(first) + size(second),
-            State::Velocity(velocity) => size(velocity),
+            State::Moments { first, second } => first.bytes() + second.bytes(),
+            State::Velocity(velocity) => velocity.bytes(),
             State::Nothing => 0,
         };
         self.state.iter().flatten().map(each).sum()

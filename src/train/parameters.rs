@@ -56,15 +56,19 @@ impl Parameters {
         Ok(Self { layout, weights, flat, masters })
     }
 
-    /// Copies the masters of bucket `index` into the model's weights, on all ranks. All ranks of `owners` call it.
-    pub fn publish(&self, index: usize, owners: &Group) {
+    /// This rank's own part of the model's weights in bucket `index`, where those are not the masters themselves.
+    pub fn rounded(&self, index: usize) -> Option<Tensor> {
+        let own = &self.layout.buckets[index].own;
+        let part = self.flat[index].narrow(0, own.start as i64, own.len() as i64);
+        (part.data_ptr() != self.masters[index].data_ptr()).then_some(part)
+    }
+
+    /// Brings the other owners' parts of the model's weights in bucket `index` to this rank. All ranks of `owners` call it.
+    pub fn gather(&self, index: usize, owners: &Group) {
         let bucket = &self.layout.buckets[index];
-        let mut flat = self.flat[index].shallow_clone();
-        let mut own = flat.narrow(0, bucket.own.start as i64, bucket.own.len() as i64);
-        if own.data_ptr() != self.masters[index].data_ptr() {
-            own.copy_(&self.masters[index]);
-        }
         if bucket.own.len() < bucket.len {
+            let mut flat = self.flat[index].shallow_clone();
+            let own = flat.narrow(0, bucket.own.start as i64, bucket.own.len() as i64);
             owners.all_gather_into(&own, &mut flat);
         }
     }

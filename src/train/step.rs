@@ -167,7 +167,7 @@ impl Trainer {
                     optimizer.update(parameters, bucket, grad, &update);
                 }
                 for bucket in (0..parameters.layout.buckets.len()).rev() {
-                    parameters.publish(bucket, &world.dp);
+                    parameters.gather(bucket, &world.dp);
                 }
                 norm
             })
@@ -352,7 +352,7 @@ impl Early {
         &mut self,
         parameters: &Parameters,
         gradients: &mut GradientBuffers,
-        optimizer: &Optimizer,
+        optimizer: &mut Optimizer,
         options: &TrainerOptions,
         broken: &mut Tensor,
         world: &World,
@@ -368,7 +368,7 @@ impl Early {
                 scales.narrow(0, at as i64, 1)
             };
             optimizer.update(parameters, bucket, &grad, &Update { lr: self.lr, scale: &scale, skip: broken });
-            parameters.publish(bucket, &world.dp);
+            parameters.gather(bucket, &world.dp);
         }
     }
 }
@@ -377,7 +377,7 @@ impl Early {
 struct Walk<'a> {
     gradients: &'a mut GradientBuffers,
     early: Option<&'a mut Early>,
-    optimizer: &'a Optimizer,
+    optimizer: &'a mut Optimizer,
     parameters: &'a Parameters,
     options: &'a TrainerOptions,
     broken: &'a mut Tensor,

@@ -1,0 +1,259 @@
+//! What an optimizer remembers of each weight, stored as f32, bf16 or blocks of 8-bit codes.
+//!
+//! 8-bit blocks follow Dettmers et al. 2021 (arXiv 2110.02861, sections 2.1 and 2.2): 256 elements share the f32 scale of
+//! their largest absolute value, and each is the nearest of 256 numbers of a dynamic code book. A code book has 7 decades
+//! from 1e-6 to 1; decade `i` is cut into `2^i` equal parts (signed; `2^(i + 1)` unsigned), whose middles are the codes, with
+//! both signs where signed; 0 and 1 are added. So small numbers keep their order of magnitude and large ones 6 or 7 bits.
+//!
+//! One departure: a positive second moment never becomes 0. The paper's rounding may do that while the first moment of the
+//! same weight survives, and the step would be `first / eps`.
+
+use std::sync::LazyLock;
+
+use tch::{Device, Kind, Tensor};
+
+use super::real::vectorised;
+
+/// Elements that share a scale.
+pub const BLOCK: usize = 256;
+
+/// How a moment is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    F32,
+    Bf16,
+    /// 8 bits and 1/64 f32 of scale for each element.
+    Block8,
+}
+
+/// What a moment may be, which decides on its code book.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codes {
+    /// A mean of gradients.
+    Signed,
+    /// A mean of squares.
+    Unsigned,
+}
+
+/// One moment of a flat run of weights.
+#[derive(Debug)]
+pub struct Moment {
+    /// `[len]` f32, bf16, or u8 codes.
+    pub values: Tensor,
+    /// `[len / 256, rounded up]` f32 for codes: the largest absolute value of each block, cut from the first element on.
+    pub scales: Option<Tensor>,
+    pub codes: Codes,
+}
+
+/// A code book in ascending order, and the numbers halfway between neighbours.
+pub(super) struct Book {
+    pub codes: [f32; 256],
+    /// `cuts[i]` lies between codes i and i + 1; the last is no cut.
+    pub cuts: [f32; 256],
+}
+
+static BOOKS: LazyLock<[Book; 2]> = LazyLock::new(|| [Book::new(Codes::Signed), Book::new(Codes::Unsigned)]);
+
+impl Book {
+    pub fn of(codes: Codes) -> &'static Self {
+        &BOOKS[usize::from(codes == Codes::Unsigned)]
+    }
+
+    fn new(kind: Codes) -> Self {
+        let mut codes = vec![0.0, 1.0];
+        for decade in 0..7i32 {
+            let parts = 1 << (decade + i32::from(kind == Codes::Unsigned));
+            for part in 0..parts {
+                let middle = 0.1 + 0.9 * (f64::from(part) + 0.5) / f64::from(parts);
+                let code = (10f64.powi(decade - 6) * middle) as f32;
+                codes.push(code);
+                if kind == Codes::Signed {
+                    codes.push(-code);
+                }
+            }
+        }
+        codes.sort_by(f32::total_cmp);
+        let codes: [f32; 256] = codes.try_into().expect("invariant: 256 codes");
+        let cuts = std::array::from_fn(|i| codes.get(i + 1).map_or(f32::INFINITY, |next| (codes[i] + next) / 2.0));
+        Self { codes, cuts }
+    }
+}
+
+impl Moment {
+    /// A moment that is 0 for `len` weights.
+    pub fn zeros(storage: Storage, codes: Codes, len: i64, device: Device) -> Self {
+        let kind = match storage {
+            Storage::F32 => Kind::Float,
+            Storage::Bf16 => Kind::BFloat16,
+            Storage::Block8 => Kind::Uint8,
+        };
+        let blocks = (len as usize).div_ceil(BLOCK) as i64;
+        let scales = (storage == Storage::Block8).then(|| Tensor::zeros([blocks], (Kind::Float, device)));
+        Self { values: Tensor::zeros([len], (kind, device)), scales, codes }
+    }
+
+    pub fn storage(&self) -> Storage {
+        match self.values.kind() {
+            Kind::Float => Storage::F32,
+            Kind::BFloat16 => Storage::Bf16,
+            Kind::Uint8 => Storage::Block8,
+            other => panic!("invariant: moments are f32, bf16 or codes, got {other:?}"),
+        }
+    }
+
+    /// Bytes that the moment takes.
+    pub fn bytes(&self) -> usize {
+        let size = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
+        size(&self.values) + self.scales.as_ref().map_or(0, size)
+    }
+
+    /// The moment's numbers, `[len]` f32: to keep in a checkpoint, or to cut anew for another layout.
+    pub fn read(&self) -> Tensor {
+        let Some(scales) = &self.scales else { return self.values.to_kind(Kind::Float) };
+        let book = Tensor::from_slice(&Book::of(self.codes).codes).to_device(self.values.device());
+        let numbers = book.index_select(0, &self.values.to_kind(Kind::Int64));
+        numbers * scales.repeat_interleave_self_int(BLOCK as i64, 0, None).narrow(0, 0, self.values.size()[0])
+    }
+
+    /// Replaces the moment's numbers by `numbers: [len]` f32, rounded to its storage.
+    ///
+    /// Codes that were read and are written again may differ: the signed book has no -1, so a block whose largest number is
+    /// negative gets a smaller scale. To keep a moment exactly, keep `values` and `scales`.
+    pub fn write(&mut self, numbers: &Tensor) {
+        self.write_unless(numbers, None);
+    }
+
+    /// As [`Moment::write`], where `skip` (one f32) is 0 or absent; else nothing changes.
+    pub(super) fn write_unless(&mut self, numbers: &Tensor, skip: Option<&Tensor>) {
+        let put = |old: &mut Tensor, new: &Tensor| match skip {
+            Some(skip) => old.copy_(&new.to_kind(old.kind()).where_self(&skip.eq(0.0), old)),
+            None => old.copy_(new),
+        };
+        let Some(scales) = &mut self.scales else { return put(&mut self.values, numbers) };
+        let len = numbers.size()[0];
+        let padding = scales.size()[0] * BLOCK as i64 - len;
+        let blocks = numbers.constant_pad_nd([0, padding]).view([-1, BLOCK as i64]);
+        let largest = blocks.abs().amax([1i64], true);
+        let largest = largest.where_scalarother(&largest.ge(f64::from(f32::MIN_POSITIVE)), 0.0);
+        let inverse = largest.reciprocal().where_scalarother(&largest.gt(0.0), 0.0);
+        let cuts = Tensor::from_slice(&Book::of(self.codes).cuts[..255]).to_device(numbers.device());
+        let mut codes = (&blocks * inverse).bucketize(&cuts, false, false);
+        if self.codes == Codes::Unsigned {
+            codes = codes.maximum(&(blocks.gt(0.0) * largest.gt(0.0)).to_kind(Kind::Int64));
+        }
+        put(&mut self.values, &codes.view([-1]).narrow(0, 0, len));
+        put(scales, &largest.view([-1]));
+    }
+}
+
+vectorised! {
+    /// Numbers of one block.
+    pub(super) fn decode(codes: &[u8], scale: f32, book: &[f32; 256], out: &mut [f32]) {
+        for (out, code) in out.iter_mut().zip(codes) {
+            *out = book[usize::from(*code)] * scale;
+        }
+    }
+
+    /// Codes of one block; gives its scale. Ties go to the smaller code. `least`: the smallest code for a positive number.
+    pub(super) fn encode(numbers: &[f32], cuts: &[f32; 256], least: u32, out: &mut [u8]) -> f32 {
+        let mut largest = 0.0f32;
+        for x in numbers {
+            let size = x.abs();
+            largest = if size > largest { size } else { largest };
+        }
+        // the inverse of a smaller one would overflow
+        let scale = if largest < f32::MIN_POSITIVE { 0.0 } else { largest };
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        for (out, numbers) in out.chunks_mut(16).zip(numbers.chunks(16)) {
+            let (mut x, mut code) = ([0.0f32; 16], [0u32; 16]);
+            for (x, number) in x.iter_mut().zip(numbers) {
+                *x = number * inverse;
+            }
+            for step in [128u32, 64, 32, 16, 8, 4, 2, 1] {
+                for i in 0..16 {
+                    let cut = cuts[((code[i] + step - 1) & 255) as usize];
+                    code[i] += if x[i] > cut { step } else { 0 };
+                }
+            }
+            for i in 0..out.len() {
+                let floor = if numbers[i] > 0.0 && scale > 0.0 { least } else { 0 };
+                out[i] = code[i].max(floor) as u8;
+            }
+        }
+        scale
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values that follow from the paper's definition by hand.
+    #[test]
+    fn the_code_books_are_the_papers() {
+        let signed = &Book::of(Codes::Signed).codes;
+        let unsigned = &Book::of(Codes::Unsigned).codes;
+        assert_eq!((signed[127], signed[255], unsigned[0], unsigned[255]), (0.0, 1.0, 0.0, 1.0));
+        assert_eq!((signed[128], unsigned[1], unsigned[2]), (5.5e-7, 3.25e-7, 7.75e-7));
+        assert_eq!((signed[0], signed[254]), (-0.992_968_75, 0.992_968_75));
+        assert_eq!(unsigned[254], 0.996_484_4);
+        for book in [signed, unsigned] {
+            assert!(book.windows(2).all(|pair| pair[0] < pair[1]));
+        }
+    }
+
+    #[test]
+    fn encoding_takes_the_nearest_code() {
+        tch::manual_seed(11);
+        for (codes, least) in [(Codes::Signed, 0), (Codes::Unsigned, 1)] {
+            let book = Book::of(codes);
+            for len in [1usize, 7, 255, 256] {
+                let mut x = Tensor::randn([len as i64], (Kind::Float, Device::Cpu)).pow_tensor_scalar(3);
+                if codes == Codes::Unsigned {
+                    x = x.abs();
+                }
+                let x = Vec::<f32>::try_from(x).unwrap();
+                let (mut out, mut back) = (vec![0u8; len], vec![0.0; len]);
+                let scale = encode(&x, &book.cuts, least, &mut out);
+                assert_eq!(scale, x.iter().fold(0.0, |a, x| x.abs().max(a)));
+                decode(&out, scale, &book.codes, &mut back);
+                for (x, back) in x.iter().zip(&back) {
+                    let best = book.codes.iter().map(|code| (code * scale - x).abs()).fold(f32::INFINITY, f32::min);
+                    let zero_avoided = least == 1 && *x > 0.0 && *x < 3e-7 * scale;
+                    assert!((back - x).abs() <= best * 1.0001 || zero_avoided, "{x} became {back}");
+                    assert!(least == 0 || (*x > 0.0) == (*back > 0.0), "{x} became {back}");
+                }
+            }
+        }
+    }
+
+    /// Plain tensor operations and the loop over a block agree to the bit.
+    #[test]
+    fn read_and_write_agree_with_the_blocks() {
+        tch::manual_seed(12);
+        let len = 1000;
+        let x = Tensor::randn([len], (Kind::Float, Device::Cpu)) * 1e-3;
+        let _ = x.narrow(0, 256, 256).zero_();
+        for codes in [Codes::Signed, Codes::Unsigned] {
+            let x = if codes == Codes::Unsigned { x.square() } else { x.copy() };
+            let mut moment = Moment::zeros(Storage::Block8, codes, len, Device::Cpu);
+            assert_eq!(moment.bytes(), 1000 + 4 * 4);
+            assert_eq!(f64::try_from(moment.read().abs().sum(Kind::Float)).unwrap(), 0.0);
+            moment.write(&x);
+            let (numbers, book) = (Vec::<f32>::try_from(&x).unwrap(), Book::of(codes));
+            let stored = Vec::<u8>::try_from(&moment.values).unwrap();
+            for (block, numbers) in numbers.chunks(BLOCK).enumerate() {
+                let mut out = vec![0; numbers.len()];
+                let scale = encode(numbers, &book.cuts, u32::from(codes == Codes::Unsigned), &mut out);
+                assert_eq!(stored[block * BLOCK..][..numbers.len()], out);
+                assert_eq!(f64::from(scale), moment.scales.as_ref().unwrap().double_value(&[block as i64]));
+            }
+            let read = moment.read();
+            let error = f64::try_from((&read - &x).abs().max() / x.abs().max()).unwrap();
+            assert!(error < 0.0075, "{error}");
+        }
+        let mut exact = Moment::zeros(Storage::F32, Codes::Signed, len, Device::Cpu);
+        exact.write(&x);
+        assert!(exact.read().equal(&x));
+    }
+}
