@@ -165,7 +165,7 @@ fn stored(moment: Option<&mut Moment>) -> Stored<'_> {
 enum Part<'a> {
     F32(&'a mut [f32]),
     Bf16(&'a mut [Bf16]),
-    Block8 { codes: &'a mut [u8], scales: &'a mut [f32], book: &'static Book, least: u32 },
+    Block8 { codes: &'a mut [u8], scales: &'a mut [f32], book: &'static Book, least: u8 },
     Absent,
 }
 
@@ -182,7 +182,7 @@ impl<'a> Part<'a> {
         (floats, codes): ((Option<&'a mut [f32]>, Option<&'a mut [Bf16]>), Option<(&'a mut [u8], &'a mut [f32])>),
         kind: Codes,
     ) -> Self {
-        let least = u32::from(kind == Codes::Unsigned);
+        let least = u8::from(kind == Codes::Unsigned);
         match codes {
             Some((codes, scales)) => Self::Block8 { codes, scales, book: Book::of(kind), least },
             None => Self::of(floats),
@@ -208,7 +208,7 @@ impl<'a> Part<'a> {
         match self {
             Self::Bf16(part) => narrow(&buffer[..len], &mut part[at]),
             Self::Block8 { codes, scales, book, least } => {
-                scales[block] = encode(&buffer[..len], &book.cuts, *least, &mut codes[at]);
+                scales[block] = encode(&buffer[..len], book, *least, &mut codes[at]);
             }
             Self::F32(_) | Self::Absent => {}
         }
