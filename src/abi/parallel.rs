@@ -73,7 +73,9 @@ pub trait Output: Sync {
     /// None where there is nothing to write.
     fn count(&self) -> Option<usize>;
 
-    /// SAFETY: every index below the count is used once in the output's life.
+    /// # Safety
+    ///
+    /// Every index is below the count and used once in the output's life.
     unsafe fn chunk(&self, index: usize) -> Self::Chunk;
 }
 
