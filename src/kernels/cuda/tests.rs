@@ -73,9 +73,11 @@ fn randn(shape: &[i64], kind: Kind) -> Tensor {
 #[test]
 fn rms_norm() {
     tch::manual_seed(21);
-    let cases = [(0, 8), (1, 1), (5, 7), (37, 128), (20, 129), (9, 512), (3, 520), (37, 1000), (2, 4104), (8200, 8)];
+    let cases = [(0, 8), (1, 1), (5, 7), (37, 128), (20, 129), (9, 512), (3, 520), (37, 1000), (2, 4104)];
     for kind in KINDS {
-        for (rows, width) in cases {
+        // more than 8192 rows give the blocks of backward more than 16 rows each
+        let long = (kind == Kind::Float).then_some((8200, 8));
+        for (rows, width) in cases.into_iter().chain(long) {
             let what = format!("{kind:?} {rows}x{width}");
             let (x, dy, before) =
                 (randn(&[rows, width], kind), randn(&[rows, width], kind), randn(&[rows, width], kind));
