@@ -352,6 +352,11 @@ impl Drop for Event {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+    use std::process::Command;
+
+    use super::super::module::{Argument, Grid, Module, Resources};
+    use super::super::nvrtc::Image;
     use super::*;
 
     /// Without a driver every call says so; with one, the first device answers.
@@ -369,5 +374,94 @@ mod tests {
                 assert_eq!(Event::new(0, true).err(), Some(error));
             }
         }
+    }
+
+    const BEHIND_THE_FAKE: &str = "DUNLEARN_TEST_BEHIND_FAKE_DRIVER";
+
+    /// Every call against the declarations of cuda.h: a driver without a GPU takes the real one's place in a process of its
+    /// own, which runs the test below.
+    #[test]
+    #[expect(clippy::print_stderr, reason = "a test that does not run says why")]
+    fn calls_are_as_cuda_h_declares_them() {
+        tch::manual_seed(0);
+        let beside = library::folder_of("libtorch_cpu.so").unwrap();
+        let headers = beside.join("../../nvidia/cu13/include");
+        if !headers.join("cuda.h").exists() {
+            return eprintln!("skipped: no {}", headers.join("cuda.h").display());
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let (source, fake) = (folder.path().join("fake_driver.c"), folder.path().join("libcuda.so.1"));
+        std::fs::write(&source, include_str!("fake_driver.c")).unwrap();
+        let mut compile = Command::new("c++");
+        compile.args(["-x", "c", "-std=c11", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I"]).arg(headers);
+        let compiled = compile.arg(&source).arg("-o").arg(&fake).output().unwrap();
+        assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+        let mut test = Command::new(std::env::current_exe().unwrap());
+        test.args(["--exact", "abi::driver::tests::behind_the_fake_driver", "--nocapture"]);
+        let done = test.env("LD_PRELOAD", &fake).env(BEHIND_THE_FAKE, "1").output().unwrap();
+        let text = [done.stdout, done.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+        assert!(done.status.success() && text.contains("the fake driver was used"), "{text}");
+    }
+
+    /// Started by the test above; by itself there is nothing to ask.
+    #[test]
+    #[expect(clippy::print_stderr, reason = "a sign for the test above")]
+    fn behind_the_fake_driver() {
+        if std::env::var_os(BEHIND_THE_FAKE).is_none() {
+            return;
+        }
+        assert_eq!((version(), device_count()), (Ok((13, 1)), Ok(2)));
+        let second = Device { name: "Second fake".into(), capability: (8, 6), memory: 80 << 30, multiprocessors: 132 };
+        assert_eq!(device(1), Ok(second));
+        assert_eq!(device(2), Err(Error::Device { device: 2, count: 2 }));
+        assert_eq!((memory_info(0), memory_info(1), memory_info(0)), (Ok((10, 100)), Ok((20, 100)), Ok((10, 100))));
+
+        let stream = Stream::current(1).unwrap();
+        assert_eq!((stream.raw() as usize, stream.device()), (0x501, 1));
+        assert_eq!(Stream::current(5), Err(Error::Stream { device: 5, code: 1 }));
+        stream.synchronize().unwrap();
+
+        // SAFETY: the fake driver's own function.
+        let live = unsafe { library::loaded_function::<extern "C" fn() -> i32>("fake_live_events") }.unwrap();
+        let (start, end) = (Event::new(1, true).unwrap(), Event::new(1, true).unwrap());
+        let untimed = Event::new(0, false).unwrap();
+        let error = stream.wait(&start).unwrap_err().to_string();
+        assert_eq!(error, "cuStreamWaitEvent: CUDA_ERROR_INVALID_VALUE (1), as the fake driver says");
+        for event in [&start, &end] {
+            event.record(stream).unwrap();
+        }
+        stream.wait(&end).unwrap();
+        assert_eq!((end.is_done(), end.is_done()), (Ok(false), Ok(true)));
+        end.synchronize().unwrap();
+        assert_eq!(end.elapsed_ms_since(&start), Ok(1.5));
+        assert!(matches!(end.elapsed_ms_since(&untimed), Err(Error::Call { code: 400, .. })));
+        assert_eq!(live(), 3);
+        drop((start, end, untimed));
+        assert_eq!(live(), 0);
+
+        let image = |bytes: &[u8], symbol: &str| Image {
+            architecture: "sm_86".into(),
+            bytes: bytes.to_vec(),
+            names: HashMap::from([("probe<float>".to_owned(), symbol.to_owned())]),
+            log: String::new(),
+        };
+        let error = Module::load(1, &image(b"PTX\0", "probe")).err().unwrap().to_string();
+        assert!(error.contains("CUDA_ERROR_INVALID_PTX (218):\nno machine code"), "{error}");
+        let error = Module::load(1, &image(b"\x7fELF", "missing")).err().unwrap().to_string();
+        assert!(error.starts_with("cuModuleGetFunction: CUDA_ERROR_NOT_FOUND (500)"), "{error}");
+        let module = Module::load(1, &image(b"\x7fELF", "probe")).unwrap();
+        assert_eq!(module.resources("probe<float>"), Ok(Some(Resources { registers: 40, shared: 4096, local: 0 })));
+        assert_eq!(module.resources("other"), Ok(None));
+        memory_info(0).unwrap(); // another device is current
+        for shared in [0, 64 << 10, 96 << 10, 64 << 10] {
+            let mut out = [0i64; 8];
+            // the address as a number: there are no tensors on this device
+            let address = Argument::Int(out.as_mut_ptr() as i64);
+            let arguments = [address, Argument::Int(-7), Argument::Float(2.5), Argument::Absent];
+            let grid = Grid { blocks: 70_000, threads: 256, shared };
+            module.launch("probe<float>", grid, stream, &arguments).unwrap();
+            assert_eq!(out, [-7, 2500, 0, 70_000, 256, shared as i64, 0x501, 0x1001]);
+        }
+        eprintln!("the fake driver was used");
     }
 }

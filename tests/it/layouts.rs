@@ -173,19 +173,10 @@ fn run(layout: Layout, case: Case, fault: Fault, source: Source) -> Outcome {
     }
 }
 
-fn rank(
-    layout: Layout,
-    case: Case,
-    arch: &Architecture,
-    forget: &Dataset,
-    retain: &Dataset,
-    world: &World,
-    source: Source,
-) -> Said {
+fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, source: Source) -> Trainer {
     let Layout { sequence_parallel, zero, bucket_elements, .. } = layout;
     let spread = Spread { sequence_parallel, zero, bucket_elements };
     let (decoder, parameters) = tiny::model_from(arch, world, spread, case.kind, |piece| source(arch, world, piece));
-    let reference = SeedOne::new(forget, retain, arch, world, case.kind);
     let method = config::Method {
         objective: config::Objective::Npo,
         beta: None,
@@ -212,7 +203,7 @@ fn rank(
         ..GradientOptions::f32(Device::Cpu)
     };
     let schedule = config::Schedule { name: config::ScheduleName::Constant, ..Default::default() };
-    let mut trainer = Trainer {
+    Trainer {
         gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding),
         optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
         schedule: Schedule::new(&schedule, optimizer.lr, case.steps, 1),
@@ -226,7 +217,21 @@ fn rank(
         broken: Trainer::whole(decoder.device),
         decoder,
         parameters,
-    };
+    }
+}
+
+fn rank(
+    layout: Layout,
+    case: Case,
+    arch: &Architecture,
+    forget: &Dataset,
+    retain: &Dataset,
+    world: &World,
+    source: Source,
+) -> Said {
+    let zero = layout.zero;
+    let mut trainer = trainer(layout, case, arch, world, source);
+    let reference = SeedOne::new(forget, retain, arch, world, case.kind);
     let divergence = case.retain == config::Retain::Kl;
     let batches = Batches {
         order: Order::new(3, true, forget.samples.len(), retain.samples.len(), 4),
@@ -457,6 +462,49 @@ fn smaller_state_stays_near_f32_on_every_layout() {
                 let held = if grads.0 == half { want.bytes.0 / 2 } else { want.bytes.0 };
                 assert_eq!(got.bytes.0, held);
             }
+        }
+    }
+}
+
+/// A gradient that is no number, found late: nothing has changed on any rank, whichever way buckets are stepped, nor does a later
+/// step change anything.
+#[test]
+fn a_step_that_is_no_number_changes_nothing() {
+    let arch = architecture(false);
+    let (forget, retain) = (samples("forget", 7), samples("retain", 5));
+    for in_backward in [false, true] {
+        for optimizer in [config::OptimizerName::Sgd, config::OptimizerName::Adamw] {
+            let case = Case { optimizer, in_backward, steps: 3, ..case(false) };
+            let layout = Layout { tp: 2, dp: 2, bucket_elements: 3000, ..ONE };
+            let told = run_threads_with(Fault::None, 2, 2, |world| {
+                tch::no_grad(|| {
+                    let mut trainer = trainer(layout, case, &arch, &world, right);
+                    let mut reference = SeedOne::new(&forget, &retain, &arch, &world, case.kind);
+                    let batches = Batches {
+                        order: Order::new(3, false, 7, 5, 7),
+                        anchors: &forget,
+                        retain: Some(&retain),
+                        retain_rows: RowsOf::Scored,
+                        count_padding: false,
+                        budget: 100_000,
+                    };
+                    let work = batches.step(0, world.mesh);
+                    trainer.step(0, &work, Some(&reference), &world).unwrap();
+                    let all = |trainer: &Trainer| boxes(trainer, |id| trainer.parameters.weights.get(id).copy());
+                    let before = all(&trainer);
+                    // one number of one sample, on the rank that has it
+                    reference.logprobs[3][0] = f32::NAN;
+                    let broken = trainer.launch(1, &work, Some(&reference), &world);
+                    reference.logprobs[3][0] = -3.0;
+                    let later = trainer.launch(2, &work, Some(&reference), &world);
+                    assert!(all(&trainer) == before, "in backward {in_backward}, {optimizer:?}: weights have moved");
+                    reference.logprobs[3][0] = f32::NAN;
+                    let error = trainer.read(broken, &work, Some(&reference), &world).unwrap_err().to_string();
+                    drop(later);
+                    error
+                })
+            });
+            assert!(told.iter().all(|text| text.starts_with("step 2: loss NaN")), "{told:?}");
         }
     }
 }
