@@ -39,6 +39,8 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: BenchVerb,
     },
+    /// Compare this machine's devices, or the ranks of a launcher, with one CPU: losses, gradients and weights of small models
+    Check(CheckOptions),
     /// Make data
     Data {
         #[command(subcommand)]
@@ -178,6 +180,30 @@ pub(super) struct LoadOptions {
     /// Let several ranks share a GPU
     #[arg(long)]
     pub(super) allow_shared_gpu: bool,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Run it alone for one device, or under a launcher for a layout.
+#[derive(Debug, Args)]
+pub(super) struct CheckOptions {
+    /// As run.device: auto, cpu or cuda
+    #[arg(long, default_value = "auto", value_parser = word::<config::Device>)]
+    pub(super) device: config::Device,
+    #[arg(long, default_value_t = 1)]
+    pub(super) tp: usize,
+    #[arg(long)]
+    pub(super) sequence_parallel: bool,
+    /// Keep whole optimizer states on every data-parallel rank
+    #[arg(long)]
+    pub(super) no_zero: bool,
+    /// Let several ranks share a GPU
+    #[arg(long)]
+    pub(super) allow_shared_gpu: bool,
+    /// Deadline of one wait for the other ranks, in seconds
+    #[arg(long, default_value_t = 120)]
+    pub(super) timeout: u64,
     /// Print JSON instead of a table
     #[arg(long)]
     pub(super) json: bool,
