@@ -12,7 +12,7 @@ use super::launch::Launched;
 use crate::abi::host;
 use crate::config::{self, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
-use crate::run::{self, Context};
+use crate::run::{self, Context, MemoryWords};
 use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
 
 pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
@@ -50,7 +50,20 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     let console = Console::new(progress_mode(options.progress, launched.rank, format));
     let log = start_log(world.mesh.rank, world.mesh.world(), format, &console);
     let (overwrite, fault, mpi_version) = (options.overwrite, options.fault, ranks.version());
-    let context = Context { world, device, about_device: about, console, log, started, overwrite, mpi_version, fault };
+    let memory_words = MemoryWords::default();
+    ending::explain_memory(&memory_words);
+    let context = Context {
+        memory_words,
+        world,
+        device,
+        about_device: about,
+        console,
+        log,
+        started,
+        overwrite,
+        mpi_version,
+        fault,
+    };
     let summary = tch::no_grad(|| run::run(&config, context));
     summary.map(drop).map_err(Into::into)
 }

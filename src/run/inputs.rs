@@ -86,10 +86,7 @@ impl Inputs {
         device: Device,
         console: &Console,
     ) -> Result<Loaded, RunError> {
-        let table = Table::new(&self.arch, world.mesh.tp, world.mesh.tp_rank(), config.parallel.sequence_parallel)?;
-        let (owners, owner) = if config.parallel.zero { (world.mesh.dp, world.mesh.dp_rank()) } else { (1, 0) };
-        let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
-        let layout = Layout::new(&table, bucket.max(1), owners, owner);
+        let (table, layout) = self.layout(config, world)?;
         let kind = match config.train.precision {
             Precision::Bf16 => Kind::BFloat16,
             Precision::F32 => Kind::Float,
@@ -123,6 +120,16 @@ impl Inputs {
             &identity[..16]
         );
         Ok(Loaded { decoder, parameters, identity })
+    }
+
+    /// Where this rank's part of every parameter lies.
+    pub fn layout(&self, config: &Config, world: &World) -> Result<(Table, Layout), RunError> {
+        let mesh = world.mesh;
+        let table = Table::new(&self.arch, mesh.tp, mesh.tp_rank(), config.parallel.sequence_parallel)?;
+        let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
+        let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
+        let layout = Layout::new(&table, bucket.max(1), owners, owner);
+        Ok((table, layout))
     }
 
     /// All sets that are evaluated, by name.
