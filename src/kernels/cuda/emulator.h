@@ -16,7 +16,6 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(...)
 #define __shared__ static
 #define DYNAMIC_SHARED(name) uint4* name = (uint4*)emulator::dynamic_shared
 
