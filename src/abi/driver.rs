@@ -353,8 +353,8 @@ impl Drop for Event {
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
-    use std::process::Command;
 
+    use super::super::fake_driver;
     use super::super::module::{Argument, Grid, Module, Resources};
     use super::super::nvrtc::Image;
     use super::*;
@@ -376,38 +376,11 @@ mod tests {
         }
     }
 
-    const BEHIND_THE_FAKE: &str = "DUNLEARN_TEST_BEHIND_FAKE_DRIVER";
-
-    /// Every call against the declarations of cuda.h: a driver without a GPU takes the real one's place in a process of its
-    /// own, which runs the test below.
+    /// Every call against the declarations of cuda.h, in a process where a driver without a GPU takes the real one's place.
     #[test]
-    #[expect(clippy::print_stderr, reason = "a test that does not run says why")]
     fn calls_are_as_cuda_h_declares_them() {
-        tch::manual_seed(0);
-        let beside = library::folder_of("libtorch_cpu.so").unwrap();
-        let headers = beside.join("../../nvidia/cu13/include");
-        if !headers.join("cuda.h").exists() {
-            return eprintln!("skipped: no {}", headers.join("cuda.h").display());
-        }
-        let folder = tempfile::tempdir().unwrap();
-        let (source, fake) = (folder.path().join("fake_driver.c"), folder.path().join("libcuda.so.1"));
-        std::fs::write(&source, include_str!("fake_driver.c")).unwrap();
-        let mut compile = Command::new("c++");
-        compile.args(["-x", "c", "-std=c11", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I"]).arg(headers);
-        let compiled = compile.arg(&source).arg("-o").arg(&fake).output().unwrap();
-        assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
-        let mut test = Command::new(std::env::current_exe().unwrap());
-        test.args(["--exact", "abi::driver::tests::behind_the_fake_driver", "--nocapture"]);
-        let done = test.env("LD_PRELOAD", &fake).env(BEHIND_THE_FAKE, "1").output().unwrap();
-        let text = [done.stdout, done.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
-        assert!(done.status.success() && text.contains("the fake driver was used"), "{text}");
-    }
-
-    /// Started by the test above; by itself there is nothing to ask.
-    #[test]
-    #[expect(clippy::print_stderr, reason = "a sign for the test above")]
-    fn behind_the_fake_driver() {
-        if std::env::var_os(BEHIND_THE_FAKE).is_none() {
+        if !fake_driver::is_here() {
+            fake_driver::rerun("abi::driver::tests::calls_are_as_cuda_h_declares_them");
             return;
         }
         assert_eq!((version(), device_count()), (Ok((13, 1)), Ok(2)));
@@ -462,6 +435,5 @@ mod tests {
             module.launch("probe<float>", grid, stream, &arguments).unwrap();
             assert_eq!(out, [-7, 2500, 0, 70_000, 256, shared as i64, 0x501, 0x1001]);
         }
-        eprintln!("the fake driver was used");
     }
 }

@@ -178,6 +178,12 @@ CUresult cuEventDestroy(CUevent event) {
     return CUDA_SUCCESS;
 }
 
+/* NVRTC asks for tables of its own, which are optional. */
+CUresult cuGetExportTable(const void **table, const CUuuid *id) {
+    *table = NULL;
+    return CUDA_ERROR_INVALID_VALUE;
+}
+
 /* libtorch's CUDA half, as far as it is asked; and the events that were not destroyed. */
 int32_t aoti_torch_get_current_cuda_stream(int32_t device, void **stream) {
     if (device >= DEVICES) return 1;

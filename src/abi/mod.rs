@@ -8,6 +8,8 @@ pub mod dispatcher;
 pub mod driver;
 #[cfg(test)]
 pub mod emulator;
+#[cfg(test)]
+pub mod fake_driver;
 pub mod host;
 pub mod library;
 pub mod module;

@@ -80,35 +80,37 @@ static LAUNCHER: OnceLock<Launcher> = OnceLock::new();
 /// Compiles the kernels for `device` and uses them from now on. libtorch's CUDA half must be loaded.
 ///
 /// Takes a few seconds. Gives one line for the log: compiler, architecture and the number of kernels. Without it the room
-/// works on the device by plain tensor operations.
+/// works on the device by plain tensor operations. A second call for the same device does the work in vain.
 pub fn load(device: usize) -> Result<String, Error> {
+    if let Some(Launcher::Cuda(module)) = LAUNCHER.get().filter(|loaded| !loaded.is_on(device)) {
+        return Err(Error::OtherDevice { loaded: module.device(), device });
+    }
     let capability = driver::device(device)?.capability;
     driver::Stream::current(device)?;
     let compiler = Nvrtc::open(&nvrtc::candidates())?;
     let names = names();
     let image = compiler.compile(&source(), &names, capability, &[])?;
     let launcher = Launcher::Cuda(Module::load(device, &image)?);
-    match LAUNCHER.get_or_init(|| launcher) {
-        Launcher::Cuda(module) if module.device() != device => {
-            Err(Error::OtherDevice { loaded: module.device(), device })
-        }
-        _ => Ok(format!("{} kernels for {} by {}", names.len(), image.architecture, compiler.describe())),
-    }
+    LAUNCHER.get_or_init(|| launcher);
+    Ok(format!("{} kernels for {} by {}", names.len(), image.architecture, compiler.describe()))
 }
 
 /// The kernels for a tensor, where they are loaded on its device and take its kind.
 pub(super) fn launcher(x: &Tensor) -> Option<&'static Launcher> {
     let Device::Cuda(device) = x.device() else { return None };
     let launcher = LAUNCHER.get()?;
-    let here = match launcher {
-        Launcher::Cuda(module) => module.device() == device,
-        #[cfg(test)]
-        Launcher::Emulator(_) => false,
-    };
-    (here && matches!(x.kind(), Kind::Float | Kind::BFloat16)).then_some(launcher)
+    (launcher.is_on(device) && matches!(x.kind(), Kind::Float | Kind::BFloat16)).then_some(launcher)
 }
 
 impl Launcher {
+    fn is_on(&self, device: usize) -> bool {
+        match self {
+            Self::Cuda(module) => module.device() == device,
+            #[cfg(test)]
+            Self::Emulator(_) => false,
+        }
+    }
+
     /// Puts a kernel of [`KERNELS`] for these element types on libtorch's current stream.
     fn launch(&self, kernel: &str, kinds: &[Kind], grid: Grid, arguments: &[Argument]) {
         assert!(grid.blocks > 0 && grid.blocks < 1 << 31, "invariant: a grid along x, got {grid:?}");

@@ -122,9 +122,8 @@ struct Moment {
 
 // weights = weights * decay - step_size * m / (sqrt(v) * root + eps), with m += (g - m) * new1, v = v * old2 + g^2 * new2
 // and g = grad * scale. `skip` other than 0: nothing changes.
-// Four blocks to a multiprocessor: at most 64 registers.
 template <typename W, typename G>
-__global__ void __launch_bounds__(256, 4) adamw(W* weights, const G* grad, void* first, float* first_scales, i64 first_storage, void* second,
+__global__ void adamw(W* weights, const G* grad, void* first, float* first_scales, i64 first_storage, void* second,
                       float* second_scales, i64 second_storage, const float* scale, const float* skip,
                       bf16* copy, i64 len, float decay, float new1, float old2, float new2,
                       float step_size, float root, float eps) {
