@@ -19,6 +19,9 @@ const EXIT_ORPHAN: i32 = 103;
 /// Exit code after a device ran out of memory: trying again changes nothing.
 const EXIT_MEMORY: i32 = 104;
 
+/// Exit code of a rank without MPI after another rank has broken off.
+const EXIT_LOSS: i32 = 105;
+
 static JSON: AtomicBool = AtomicBool::new(false);
 static MEMORY: OnceLock<MemoryWords> = OnceLock::new();
 
@@ -82,6 +85,13 @@ fn out_of_memory(text: &str, words: &str) -> String {
 pub(super) fn on_timeout(rank: usize, message: &str) {
     say_now(rank, message);
     std::process::exit(EXIT_TIMEOUT);
+}
+
+/// What a rank without MPI does when another one has broken off: it ends too, once whatever it has to say itself is said.
+pub(super) fn on_loss(rank: usize, peer: usize) {
+    std::thread::sleep(Duration::from_secs(3));
+    say_now(rank, &format!("rank {peer} has broken off"));
+    std::process::exit(EXIT_LOSS);
 }
 
 /// Ends this process when the launcher that started it is gone.

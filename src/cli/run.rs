@@ -83,7 +83,9 @@ impl Ranks {
     pub(super) fn start(launched: &Launched) -> anyhow::Result<Self> {
         if let Some(meeting) = &launched.meeting {
             ending::with_the_launcher(launched.rank);
-            return Peers::connect(meeting, GATHERING).map(Self::Tcp).map_err(anyhow::Error::msg);
+            let rank = launched.rank;
+            let on_loss = move |peer| ending::on_loss(rank, peer);
+            return Peers::connect(meeting, GATHERING, on_loss).map(Self::Tcp).map_err(anyhow::Error::msg);
         }
         if !launched.by_mpi && launched.world > 1 {
             bail!(

@@ -117,7 +117,7 @@ fn mistakes_are_explained() {
     };
     for (set, expected) in [
         (&["parallel.tp=2"][..], "start it with `mpirun -n 2`"),
-        (&["run.device=cuda"], "run.device: \"cuda\" is not built in this version"),
+        (&["run.device=cuda"], "run.device = \"cuda\": libtorch"),
         (&["model.path=nowhere"], "cannot read nowhere/config.json: No such file or directory (os error 2)\n"),
         (&["model.init=pretrained"], "has no weights: expected model.safetensors"),
         (&["data.forget.path=nowhere.jsonl"], "nowhere.jsonl"),
