@@ -344,9 +344,9 @@ impl Drop for Event {
 mod tests {
     use std::collections::HashMap;
 
-    use super::super::fake_driver;
     use super::super::module::{Argument, Grid, Module, Resources};
     use super::super::nvrtc::Image;
+    use super::super::tests::{is_behind_fake_driver, rerun_behind_fake_driver};
     use super::*;
 
     /// Without a driver every call says so; with one, the first device answers.
@@ -369,8 +369,8 @@ mod tests {
     /// Every call against the declarations of cuda.h, in a process where a driver without a GPU takes the real one's place.
     #[test]
     fn calls_are_as_cuda_h_declares_them() {
-        if !fake_driver::is_here() {
-            fake_driver::rerun("abi::driver::tests::calls_are_as_cuda_h_declares_them");
+        if !is_behind_fake_driver() {
+            rerun_behind_fake_driver("abi::driver::tests::calls_are_as_cuda_h_declares_them");
             return;
         }
         assert_eq!((version(), device_count()), (Ok((13, 1)), Ok(2)));

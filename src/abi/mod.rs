@@ -7,8 +7,6 @@ pub mod dispatcher;
 pub mod driver;
 #[cfg(test)]
 pub mod emulator;
-#[cfg(test)]
-pub mod fake_driver;
 pub mod host;
 pub mod library;
 pub mod module;
@@ -18,6 +16,8 @@ pub mod nvrtc;
 pub mod parallel;
 pub mod slices;
 pub mod storage;
+#[cfg(test)]
+pub mod tests;
 
 /// First line of a libtorch error; the C++ backtrace behind it helps no user.
 pub fn first_line(error: &tch::TchError) -> String {
