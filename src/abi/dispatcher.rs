@@ -1,4 +1,4 @@
-//! Operators that tch hides, called through libtorch's C dispatcher (`torch/csrc/stable/c/shim.h`, stable since 2.10).
+//! Operators that tch hides, for tests to compare with, called through libtorch's C dispatcher (`torch/csrc/stable/c/shim.h`, stable since 2.10).
 //!
 //! Arguments and results are 64-bit words: a tensor or list is a handle that the callee takes, an integer or bool its
 //! value, a float the bits of an f64, an absent optional 0.

@@ -60,6 +60,7 @@ functions! {
     device_get = "cuDeviceGet"(*mut c_int, c_int);
     device_name = "cuDeviceGetName"(*mut c_char, c_int, c_int);
     device_memory = "cuDeviceTotalMem_v2"(*mut usize, c_int);
+    device_uuid = "cuDeviceGetUuid_v2"(*mut [u8; 16], c_int);
     device_attribute = "cuDeviceGetAttribute"(*mut c_int, c_int, c_int);
     context_retain = "cuDevicePrimaryCtxRetain"(*mut Handle, c_int);
     context_current = "cuCtxGetCurrent"(*mut Handle);
@@ -178,6 +179,15 @@ pub fn device_count() -> Result<usize> {
     // SAFETY: one out parameter.
     api.check("cuDeviceGetCount", unsafe { (api.device_count)(&raw mut count) })?;
     Ok(count as usize)
+}
+
+/// What tells a device (or a part of one) from all others of its host, whatever number it has here.
+pub fn identity(device: usize) -> Result<String> {
+    let api = api()?;
+    let (raw, mut uuid) = (api.device(device)?, [0u8; 16]);
+    // SAFETY: an out parameter of 16 bytes, a valid device.
+    api.check("cuDeviceGetUuid", unsafe { (api.device_uuid)(&raw mut uuid, raw) })?;
+    Ok(uuid.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Name, capability and size of a device.
@@ -377,6 +387,7 @@ mod tests {
         let second = Device { name: "Second fake".into(), capability: (8, 6), memory: 80 << 30, multiprocessors: 132 };
         assert_eq!(device(1), Ok(second));
         assert_eq!(device(2), Err(Error::Device { device: 2, count: 2 }));
+        assert_eq!(identity(1), Ok("a1".repeat(16)));
         assert_eq!((memory_info(0), memory_info(1), memory_info(0)), (Ok((10, 100)), Ok((20, 100)), Ok((10, 100))));
 
         let stream = Stream::current(1).unwrap();

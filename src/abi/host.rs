@@ -37,6 +37,14 @@ pub fn allowed_cores() -> Vec<usize> {
     Vec::new()
 }
 
+/// Sets an environment variable for libraries that read theirs when they are first called.
+///
+/// Call it from the main thread before such a library starts threads of its own.
+pub fn set_variable(name: &str, value: &str) {
+    // SAFETY: at this point no other thread of the process reads or changes the environment; see above.
+    unsafe { std::env::set_var(name, value) };
+}
+
 /// Whether standard error is a terminal.
 pub fn stderr_is_terminal() -> bool {
     use std::io::IsTerminal;

@@ -42,9 +42,20 @@ impl Library {
         }
         let library = candidates.first().map_or_else(String::new, |path| path.display().to_string());
         if !absent.is_empty() {
-            reasons.push(format!("nor is there {}", absent.join(", ")));
+            let words = if reasons.is_empty() { "there is no" } else { "nor is there" };
+            reasons.push(format!("{words} {}", absent.join(", ")));
         }
         Err(Error::Open { library, reasons: reasons.join("; ") })
+    }
+
+    /// Opens a library for everybody in this process (`RTLD_GLOBAL`), with all its functions resolved now.
+    pub fn open_global(path: &Path) -> Result<Self, Error> {
+        use libloading::os::unix;
+        // SAFETY: loading runs the library's initialisers; see `open`.
+        match unsafe { unix::Library::open(Some(path), unix::RTLD_NOW | unix::RTLD_GLOBAL) } {
+            Ok(handle) => Ok(Self { name: path.display().to_string(), handle: handle.into() }),
+            Err(error) => Err(Error::Open { library: path.display().to_string(), reasons: reason(&error) }),
+        }
     }
 
     /// File name that was opened.

@@ -7,8 +7,8 @@ use std::time::Instant;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use super::rate::matrix_rate;
-use crate::abi::host;
+use super::rate::{matrix_rate, settle};
+use crate::abi::{driver, host};
 use crate::config;
 use crate::data::{Dataset, Order, RowsOf, Sample};
 use crate::dist::{Reduce, World};
@@ -17,7 +17,8 @@ use crate::model::sharding::Table;
 use crate::model::{Architecture, Decoder, Keep, LogitsPool, ModelError, ReferenceHead};
 use crate::telemetry::{Clock, PARTS, Part, table};
 use crate::train::{
-    Batches, GradientBuffers, Layout, Optimizer, Parameters, Reference, Schedule, Trainer, TrainerOptions,
+    self, Batches, GradientBuffers, GradientOptions, Layout, Optimizer, Parameters, Reference, Schedule, Trainer,
+    TrainerOptions,
 };
 use crate::unlearn;
 
@@ -25,20 +26,15 @@ use crate::unlearn;
 #[derive(Clone, Debug)]
 pub struct StepBench {
     pub arch: Architecture,
-    pub precision: config::Precision,
-    pub recompute: config::Recompute,
-    pub sequence_parallel: bool,
-    pub zero: bool,
-    /// Unit: MiB of f32 gradients.
-    pub bucket_mib: f64,
-    /// Forget samples of a step; as many retain samples come along.
-    pub samples: usize,
+    pub parallel: config::Parallel,
+    /// Epochs and steps in it are not used.
+    pub train: config::Train,
+    pub optimizer: config::Optimizer,
+    pub device: Device,
     /// Mean length of a sample; they vary by a half up and down. Unit: tokens.
     pub length: usize,
     /// Share of a sample that is its answer.
     pub scored: f64,
-    /// Unit: tokens.
-    pub micro_batch_tokens: usize,
     pub steps: usize,
 }
 
@@ -55,85 +51,136 @@ pub struct StepResult {
     pub flops_per_second: f64,
     /// One large matrix product in the same precision, on all ranks at once. Unit: operations a second, all ranks.
     pub matrix_rate: f64,
-    /// `flops_per_second / matrix_rate`.
+    /// `flops_per_second / matrix_rate`: model FLOPs utilisation (MFU) against what this machine reaches, not a data sheet.
     pub share_of_matrix_rate: f64,
-    /// Seconds a step on rank 0; collectives are counted where they happen and once more as `communication`.
+    /// Seconds a step on rank 0; collectives are counted where they happen and once more as `communication`. On a GPU measured in
+    /// two steps of their own, in which the host waits for the device after each part.
     pub split: Vec<(String, f64)>,
     pub peak_rss_bytes: u64,
+    /// Memory of one rank that stays over the steps, by purpose. Unit: bytes.
+    pub memory: Vec<(String, u64)>,
+    /// What the GPU had given to this process at the end, beyond its own context: what stays, activations and workspace; 0 on a CPU.
+    /// Unit: bytes.
+    pub device_bytes: u64,
     pub parameters: i64,
     pub threads: i32,
     pub ranks: usize,
+    pub device: String,
 }
 
-/// Runs the steps. All ranks call it.
-pub fn step(bench: &StepBench, world: &World) -> Result<StepResult, ModelError> {
-    let kind = match bench.precision {
+/// Runs the steps. All ranks call it. With the groups of [`World::planned`] it times one rank of a mesh that is not there.
+///
+/// `seen` is called on this rank after every step that counts.
+pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Result<StepResult, ModelError> {
+    let kind = match bench.train.precision {
         config::Precision::Bf16 => Kind::BFloat16,
         config::Precision::F32 => Kind::Float,
     };
+    let context = used_bytes(bench.device);
     let (forget, retain) = (samples(bench, "forget"), samples(bench, "retain"));
     let mut trainer = trainer(bench, kind, world)?;
     let reference = Fixed { logprobs: forget.samples.iter().map(|s| vec![-2.0; s.scored.len()]).collect() };
     let batches = Batches {
-        order: Order::new(0, false, forget.samples.len(), retain.samples.len(), bench.samples),
+        order: Order::new(0, false, forget.samples.len(), retain.samples.len(), bench.train.global_batch),
         anchors: &forget,
         retain: Some(&retain),
         retain_rows: RowsOf::Scored,
         count_padding: false,
-        budget: bench.micro_batch_tokens,
+        budget: bench.train.micro_batch_tokens,
     };
-    let rate_before = matrix_rate(kind);
-    let warm_up = 2;
-    let mut seconds = Vec::new();
-    let mut tokens = 0;
-    let mut flops = 0.0;
-    let mut traffic = 0.0;
-    for step in 0..warm_up + bench.steps {
-        if step == warm_up {
-            trainer.decoder.clock.reset();
-            traffic = communication(world);
-        }
-        let work = batches.step(step, world.mesh);
+    let rate_before = matrix_rate(kind, bench.device);
+    let mut next = 0;
+    let mut run = |trainer: &mut Trainer| {
+        let work = batches.step(next, world.mesh);
         world.world.barrier();
+        settle(bench.device);
         let start = Instant::now();
-        trainer.step(step, &work, Some(&reference), world).expect("invariant: random weights give finite numbers");
+        trainer.step(next, &work, Some(&reference), world).expect("invariant: random weights give finite numbers");
         world.world.barrier();
-        if step >= warm_up {
-            seconds.push(start.elapsed().as_secs_f64());
-            tokens = work.tokens;
-            flops = operations(&bench.arch, &batches, step);
-        }
+        settle(bench.device);
+        next += 1;
+        start.elapsed().as_secs_f64()
+    };
+    for _ in 0..WARM_UP {
+        run(&mut trainer);
     }
-    let mut matrix = [rate_before.max(matrix_rate(kind))];
-    world.world.all_reduce_f64(&mut matrix, Reduce::Sum);
-    let mut peak = [host::peak_resident_bytes() as f64];
-    world.world.all_reduce_f64(&mut peak, Reduce::Max);
-    let mut middle = [median(&seconds)];
-    world.world.all_reduce_f64(&mut middle, Reduce::Max);
-    let [seconds_per_step] = middle;
-    let total: f64 = seconds.iter().sum::<f64>() / seconds.len() as f64;
-    let each = |x: f64| x / bench.steps as f64;
-    let mut split: Vec<(String, f64)> = PARTS
-        .iter()
-        .map(|(part, name)| ((*name).to_owned(), each(trainer.decoder.clock.get(*part).as_secs_f64())))
-        .collect();
+    trainer.decoder.clock.reset();
+    let traffic = communication(world);
+    let mut seconds = Vec::new();
+    for step in 0..bench.steps {
+        seconds.push(run(&mut trainer));
+        seen(step);
+    }
+    let communication = communication(world) - traffic;
+    let device_bytes = used_bytes(bench.device).saturating_sub(context);
+    // where the time goes: on a GPU only waiting tells
+    let mut looked_at = seconds.clone();
+    if bench.device != Device::Cpu {
+        let device = bench.device;
+        trainer.decoder.clock.settle_with(Some(Box::new(move || settle(device))));
+        trainer.decoder.clock.reset();
+        looked_at = (0..2).map(|_| run(&mut trainer)).collect();
+    }
+    let each = |x: f64| x / looked_at.len() as f64;
+    let time = |part: Part| each(trainer.decoder.clock.get(part).as_secs_f64());
+    let mut split: Vec<(String, f64)> = PARTS.iter().map(|&(part, name)| (name.to_owned(), time(part))).collect();
     let known: f64 = split.iter().map(|(_, seconds)| seconds).sum();
-    split.push(("other".to_owned(), total - known));
-    split.push(("communication".to_owned(), each(communication(world) - traffic)));
+    split.push(("other".to_owned(), each(looked_at.iter().sum()) - known));
+    split.push(("communication".to_owned(), communication / bench.steps as f64));
+
+    let ranks = world.mesh.world();
+    let matrix_rate = rate_before.max(matrix_rate(kind, bench.device));
+    let mut sums = [matrix_rate];
+    world.world.all_reduce_f64(&mut sums, Reduce::Sum);
+    let mut highest = [host::peak_resident_bytes() as f64, device_bytes as f64, median(&seconds)];
+    world.world.all_reduce_f64(&mut highest, Reduce::Max);
+    let [peak_rss, device_bytes, seconds_per_step] = highest;
+    // a rank that runs alone has added up nothing
+    let matrix_rate = if world.planned { matrix_rate * ranks as f64 } else { sums[0] };
+    let flops = operations(&bench.arch, &batches, WARM_UP);
+    let tokens = batches.step(WARM_UP, world.mesh).tokens;
+    let (weights, masters) = trainer.parameters.bytes();
+    let memory = [
+        ("weights", weights),
+        ("master weights", masters),
+        ("gradients", trainer.gradients.bytes()),
+        ("optimizer", trainer.optimizer.bytes()),
+    ];
     Ok(StepResult {
         seconds_per_step,
         tokens_per_step: tokens,
         tokens_per_second: tokens as f64 / seconds_per_step,
         flops_per_step: flops,
         flops_per_second: flops / seconds_per_step,
-        matrix_rate: matrix[0],
-        share_of_matrix_rate: flops / seconds_per_step / matrix[0],
+        matrix_rate,
+        share_of_matrix_rate: flops / seconds_per_step / matrix_rate,
         split,
-        peak_rss_bytes: peak[0] as u64,
+        peak_rss_bytes: peak_rss as u64,
+        memory: memory.map(|(name, bytes)| (name.to_owned(), bytes as u64)).into(),
+        device_bytes: device_bytes as u64,
         parameters: bench.arch.num_parameters(),
         threads: tch::get_num_threads(),
-        ranks: world.mesh.world(),
+        ranks,
+        device: name(bench.device),
     })
+}
+
+/// Steps before those that count.
+const WARM_UP: usize = 2;
+
+/// Bytes of a GPU's memory that are in use, by whomever; 0 for a CPU.
+fn used_bytes(device: Device) -> u64 {
+    match device {
+        Device::Cuda(index) => driver::memory_info(index).map_or(0, |(free, total)| total - free),
+        _ => 0,
+    }
+}
+
+fn name(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => driver::device(index).map_or_else(|error| error.to_string(), |device| device.name),
+        _ => "CPU".to_owned(),
+    }
 }
 
 impl StepResult {
@@ -145,19 +192,25 @@ impl StepResult {
         };
         let rows: Vec<Vec<String>> = self.split.iter().map(row).collect();
         format!(
-            "{:.1} M parameters, {} tokens a step, {} ranks with {} threads\n\n{}\n{:.1} ms a step, {:.0} tokens/s, {:.0} GFLOP/s = {:.0} % of \
-             this machine's {:.0} GFLOP/s in one large matrix product; peak memory {:.0} MiB a rank\n",
+            "{:.1} M parameters, {} tokens a step, {} ranks with {} threads on {}\n\n{}\n{:.1} ms a step, {:.0} tokens/s, {:.0} GFLOP/s = {:.0} % of \
+             this machine's {:.0} GFLOP/s in one large matrix product; peak memory {:.0} MiB a rank{}\n",
             self.parameters as f64 / 1e6,
             self.tokens_per_step,
             self.ranks,
             self.threads,
+            self.device,
             table(&["part", "ms", "share"], &rows),
             self.seconds_per_step * 1e3,
             self.tokens_per_second,
             self.flops_per_second / 1e9,
             100.0 * self.share_of_matrix_rate,
             self.matrix_rate / 1e9,
-            self.peak_rss_bytes as f64 / 1048576.0
+            self.peak_rss_bytes as f64 / 1048576.0,
+            if self.device_bytes > 0 {
+                format!(" on the host, {:.1} GiB on the device", self.device_bytes as f64 / 1073741824.0)
+            } else {
+                String::new()
+            }
         )
     }
 }
@@ -183,22 +236,21 @@ fn operations(arch: &Architecture, batches: &Batches, step: usize) -> f64 {
 }
 
 fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, ModelError> {
-    let mesh = world.mesh;
-    let sequence_parallel = bench.sequence_parallel;
+    let (mesh, device) = (world.mesh, bench.device);
+    let config::Parallel { sequence_parallel, zero, bucket_mib, reduce_dtype, .. } = bench.parallel;
     let table = Table::new(&bench.arch, mesh.tp, mesh.tp_rank(), sequence_parallel)?;
-    let (owners, owner) = if bench.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
-    let layout = Layout::new(&table, (bench.bucket_mib * 1048576.0 / 4.0) as usize, owners, owner);
-    let source = |id: usize, piece: &_| Ok::<Tensor, Infallible>(init::initial(&table.params[id], piece, 0, 0.02));
-    let Ok(parameters) = Parameters::new(&table, layout, kind, Device::Cpu, source);
-    let optimizer = config::Optimizer {
-        name: config::OptimizerName::Adamw,
-        lr: 1e-5,
-        betas: None,
-        eps: None,
-        momentum: None,
-        weight_decay: 0.01,
-        max_grad_norm: 1.0,
+    let (owners, owner) = if zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
+    let layout = Layout::new(&table, (bucket_mib * 1048576.0 / 4.0) as usize, owners, owner);
+    let source = |id: usize, piece: &crate::model::sharding::Piece| {
+        let param = &table.params[id];
+        Ok::<Tensor, Infallible>(if device == Device::Cpu || param.shape.len() == 1 {
+            init::initial(param, piece, 0, 0.02)
+        } else {
+            // billions of numbers that only have to be numbers: drawn where they are used
+            Tensor::randn(&piece.size, (Kind::BFloat16, device)) * 0.02
+        })
     };
+    let Ok(parameters) = Parameters::new(&table, layout, kind, device, source);
     let method = config::Method {
         objective: config::Objective::Npo,
         beta: None,
@@ -212,23 +264,31 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
         table,
         tp: Rc::clone(&world.tp),
         sequence_parallel,
-        device: Device::Cpu,
+        device,
         clock: Clock::default(),
         logits: LogitsPool::default(),
     };
+    let holding = GradientOptions {
+        kind: train::kind(bench.train.grad_dtype),
+        reduce: train::kind(reduce_dtype),
+        release: bench.optimizer.in_backward,
+        device,
+    };
     Ok(Trainer {
-        gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, Device::Cpu),
-        optimizer: Optimizer::new(&optimizer, &parameters),
-        schedule: Schedule::new(&config::Schedule::default(), optimizer.lr, bench.steps + 2, 1),
+        gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding),
+        optimizer: Optimizer::new(&bench.optimizer, &decoder.table, &parameters),
+        schedule: Schedule::new(&config::Schedule::default(), bench.optimizer.lr, bench.steps + WARM_UP + 2, 1),
         method: unlearn::method(&method),
         options: TrainerOptions {
-            keep: match bench.recompute {
+            keep: match bench.train.recompute {
                 config::Recompute::None => Keep::Everything,
                 config::Recompute::HalfBlock => Keep::Inputs,
             },
-            logits_bytes: 256.0 * 1048576.0,
-            max_grad_norm: optimizer.max_grad_norm,
+            logits_bytes: bench.train.logits_mib * 1048576.0,
+            max_grad_norm: bench.optimizer.max_grad_norm,
+            in_backward: bench.optimizer.in_backward,
         },
+        broken: Trainer::whole(device),
         decoder,
         parameters,
     })
@@ -237,7 +297,7 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
 /// Random tokens; lengths between a half and one and a half of the mean.
 fn samples(bench: &StepBench, name: &str) -> Dataset {
     let draw = Stream::new(0, name);
-    let samples = (0..bench.samples as u64).map(|i| {
+    let samples = (0..bench.train.global_batch as u64).map(|i| {
         let spread = 0.5 + (draw.bits(i) % 1001) as f64 / 1000.0;
         let len = ((bench.length as f64 * spread) as u64).max(2);
         let prompt = ((len as f64 * (1.0 - bench.scored)) as u64).clamp(1, len - 1);

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::config;
 use crate::data::synth;
 use crate::run::Fault;
 
@@ -38,6 +39,8 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: BenchVerb,
     },
+    /// Compare this machine's devices, or the ranks of a launcher, with one CPU: losses, gradients and weights of small models
+    Check(CheckOptions),
     /// Make data
     Data {
         #[command(subcommand)]
@@ -100,11 +103,16 @@ pub(super) enum ConfigVerb {
 pub(super) enum BenchVerb {
     /// Time whole unlearning steps of a random model: tokens/s, share of the machine's matrix-product rate, where time goes
     Step(StepBenchOptions),
+    /// Run one rank of a configuration's mesh alone: its memory and computing time measured, its traffic counted
+    Rank(RankBenchOptions),
 }
 
 /// A Llama of any shape; run it under mpirun to time a layout.
 #[derive(Debug, Args)]
 pub(super) struct StepBenchOptions {
+    /// A published shape instead of one by numbers: llama-3.1-8b, llama-3.1-70b
+    #[arg(long, conflicts_with_all = ["hidden", "layers", "heads", "kv_heads", "intermediate", "vocab"])]
+    pub(super) shape: Option<String>,
     #[arg(long, default_value_t = 1024)]
     pub(super) hidden: i64,
     #[arg(long, default_value_t = 4)]
@@ -121,16 +129,10 @@ pub(super) struct StepBenchOptions {
     /// Forget samples of a step, with as many retain samples
     #[arg(long, default_value_t = 8)]
     pub(super) samples: usize,
-    /// Mean length of a sample, in tokens
-    #[arg(long, default_value_t = 128)]
-    pub(super) length: usize,
-    /// Share of a sample that is scored
-    #[arg(long, default_value_t = 0.6)]
-    pub(super) scored: f64,
+    #[command(flatten)]
+    pub(super) load: LoadOptions,
     #[arg(long, default_value_t = 8192)]
     pub(super) micro_batch_tokens: usize,
-    #[arg(long, default_value_t = 8)]
-    pub(super) steps: usize,
     /// Compute in f32 instead of bf16
     #[arg(long)]
     pub(super) f32: bool,
@@ -147,12 +149,91 @@ pub(super) struct StepBenchOptions {
     /// Gradients summed at once over the data-parallel ranks, as parallel.bucket_mib
     #[arg(long, default_value_t = 32.0)]
     pub(super) bucket_mib: f64,
+    /// As optimizer.state_dtype: f32, bf16 or int8
+    #[arg(long, default_value = "f32", value_parser = word::<config::StateDtype>)]
+    pub(super) state_dtype: config::StateDtype,
+    /// As train.grad_dtype: f32 or bf16
+    #[arg(long, default_value = "f32", value_parser = word::<config::Float>)]
+    pub(super) grad_dtype: config::Float,
+    /// As optimizer.in_backward
+    #[arg(long)]
+    pub(super) in_backward: bool,
     /// Threads of one rank; 0 means cores / ranks on the host
     #[arg(long, default_value_t = 0)]
     pub(super) threads: usize,
+}
+
+/// What a benchmark runs and where.
+#[derive(Debug, Args)]
+pub(super) struct LoadOptions {
+    /// Mean length of a sample, in tokens
+    #[arg(long, default_value_t = 128)]
+    pub(super) length: usize,
+    /// Share of a sample that is scored
+    #[arg(long, default_value_t = 0.6)]
+    pub(super) scored: f64,
+    #[arg(long, default_value_t = 8)]
+    pub(super) steps: usize,
+    /// As run.device: auto, cpu or cuda
+    #[arg(long, default_value = "auto", value_parser = word::<config::Device>)]
+    pub(super) device: config::Device,
+    /// Let several ranks share a GPU
+    #[arg(long)]
+    pub(super) allow_shared_gpu: bool,
     /// Print JSON instead of a table
     #[arg(long)]
     pub(super) json: bool,
+}
+
+/// Run it alone for one device, or under a launcher for a layout.
+#[derive(Debug, Args)]
+pub(super) struct CheckOptions {
+    /// As run.device: auto, cpu or cuda
+    #[arg(long, default_value = "auto", value_parser = word::<config::Device>)]
+    pub(super) device: config::Device,
+    #[arg(long, default_value_t = 1)]
+    pub(super) tp: usize,
+    #[arg(long)]
+    pub(super) sequence_parallel: bool,
+    /// Keep whole optimizer states on every data-parallel rank
+    #[arg(long)]
+    pub(super) no_zero: bool,
+    /// Let several ranks share a GPU
+    #[arg(long)]
+    pub(super) allow_shared_gpu: bool,
+    /// Deadline of one wait for the other ranks, in seconds
+    #[arg(long, default_value_t = 120)]
+    pub(super) timeout: u64,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// The mesh, precision and optimizer of a configuration, with random weights and samples.
+#[derive(Debug, Args)]
+pub(super) struct RankBenchOptions {
+    /// Configuration file; model.path may be missing where its last part names a published shape
+    #[arg(long, short, value_name = "FILE")]
+    pub(super) config: PathBuf,
+    /// Override a key, e.g. --set parallel.tp=4; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Which of the tp x dp ranks
+    #[arg(long, default_value_t = 0, value_name = "RANK")]
+    pub(super) as_rank: usize,
+    #[command(flatten)]
+    pub(super) load: LoadOptions,
+    /// Modelled ring bandwidth of a rank among its tensor-parallel ranks, in GB/s; the default is 8 H200 in one node
+    #[arg(long, default_value_t = 360.0)]
+    pub(super) tp_gbs: f64,
+    /// The same among the data-parallel ranks; the default is 400 Gb/s of network for each GPU
+    #[arg(long, default_value_t = 45.0)]
+    pub(super) dp_gbs: f64,
+}
+
+/// A word of the configuration language.
+fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(serde_json::Value::from(text)).map_err(|error| error.to_string())
 }
 
 #[derive(Debug, Subcommand)]

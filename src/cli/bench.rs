@@ -2,43 +2,136 @@
 
 use std::time::Duration;
 
-use super::arguments::StepBenchOptions;
+use anyhow::{Context as _, bail};
+
+use super::arguments::{LoadOptions, RankBenchOptions, StepBenchOptions};
+use super::device;
 use super::launch::Launched;
 use super::run::{Ranks, set_threads, with_ranks};
-use crate::bench::{self, StepBench};
-use crate::config::{Precision, Recompute};
+use crate::bench::{self, RankBench, StepBench};
+use crate::config::{self, Precision, Recompute};
+use crate::dist::{Mesh, World};
 use crate::model::architecture::Packing;
-use crate::model::{Architecture, Rope, Scaling};
+use crate::model::{Architecture, Rope, Scaling, families, published};
+
+/// Deadline of a collective.
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 pub(super) fn step(options: &StepBenchOptions, launched: &Launched) -> anyhow::Result<()> {
     with_ranks(launched, |ranks| step_on(ranks, options, launched))
 }
 
 fn step_on(ranks: &Ranks, options: &StepBenchOptions, launched: &Launched) -> anyhow::Result<()> {
-    let world = ranks.world(options.tp, None, Duration::from_secs(600), launched)?;
+    let world = ranks.world(options.tp, None, TIMEOUT, launched)?;
     set_threads(options.threads, &world)?;
-    let bench = StepBench {
-        arch: architecture(options),
-        precision: if options.f32 { Precision::F32 } else { Precision::Bf16 },
-        recompute: if options.recompute { Recompute::HalfBlock } else { Recompute::None },
-        sequence_parallel: options.sequence_parallel,
-        zero: !options.no_zero,
-        bucket_mib: options.bucket_mib,
-        samples: options.samples,
-        length: options.length,
-        scored: options.scored,
-        micro_batch_tokens: options.micro_batch_tokens,
-        steps: options.steps.max(1),
+    let arch = match &options.shape {
+        Some(name) => published::architecture(name)
+            .with_context(|| format!("--shape {name} is not known; known are {}", published::names().join(", ")))??,
+        None => architecture(options),
     };
-    let result = tch::no_grad(|| bench::step(&bench, &world))?;
+    let load = &options.load;
+    let device::Chosen { world, device, .. } = device::choose(load.device, load.allow_shared_gpu, world, TIMEOUT)?;
+    let bench = StepBench {
+        arch,
+        parallel: config::Parallel {
+            tp: options.tp,
+            sequence_parallel: options.sequence_parallel,
+            zero: !options.no_zero,
+            bucket_mib: options.bucket_mib,
+            ..config::Parallel::default()
+        },
+        train: config::Train {
+            epochs: None,
+            steps: None,
+            global_batch: options.samples,
+            micro_batch_tokens: options.micro_batch_tokens,
+            precision: if options.f32 { Precision::F32 } else { Precision::Bf16 },
+            grad_dtype: options.grad_dtype,
+            recompute: if options.recompute { Recompute::HalfBlock } else { Recompute::None },
+            logits_mib: 256.0,
+        },
+        optimizer: config::Optimizer {
+            name: config::OptimizerName::Adamw,
+            lr: 1e-5,
+            betas: None,
+            eps: None,
+            momentum: None,
+            weight_decay: 0.01,
+            max_grad_norm: 1.0,
+            state_dtype: Some(options.state_dtype),
+            in_backward: options.in_backward,
+        },
+        device,
+        length: load.length,
+        scored: scored(load)?,
+        steps: load.steps.max(1),
+    };
+    let result = tch::no_grad(|| bench::step(&bench, &world, |_| ()))?;
     if world.is_first() {
-        if options.json {
-            println!("{}", serde_json::to_string_pretty(&result)?);
-        } else {
-            print!("{}", result.text());
-        }
+        print_result(load, &result, &result.text())?;
     }
     Ok(())
+}
+
+pub(super) fn rank(options: &RankBenchOptions, launched: &Launched) -> anyhow::Result<()> {
+    if launched.world > 1 {
+        bail!("`bench rank` imagines the other ranks: start it alone, without a launcher");
+    }
+    with_ranks(launched, |_| rank_on(options))
+}
+
+fn rank_on(options: &RankBenchOptions) -> anyhow::Result<()> {
+    let config = config::from_file(&options.config, &options.set)?;
+    let tp = config.parallel.tp;
+    let config::Dp::Ranks(dp) = config.parallel.dp else {
+        bail!("parallel.dp = \"auto\" needs ranks to count; write --set parallel.dp=N for the mesh that is meant");
+    };
+    if options.as_rank >= tp * dp {
+        bail!("--as-rank {}: the mesh of tp {tp} x dp {dp} has ranks 0 to {}", options.as_rank, tp * dp - 1);
+    }
+    let path = &config.model.path;
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let arch = match published::architecture(&name).filter(|_| !path.join("config.json").exists()) {
+        Some(arch) => arch?,
+        None => families::read(path)?,
+    };
+    let alone = World::solo();
+    set_threads(config.run.threads, &alone)?;
+    let load = &options.load;
+    let device::Chosen { device, .. } = device::choose(load.device, load.allow_shared_gpu, alone, TIMEOUT)?;
+    let bench = StepBench {
+        arch,
+        parallel: config.parallel.clone(),
+        train: config.train.clone(),
+        optimizer: config.optimizer.clone(),
+        device,
+        length: load.length,
+        scored: scored(load)?,
+        steps: load.steps.max(1),
+    };
+    let rank = RankBench {
+        mesh: Mesh { rank: options.as_rank, tp, dp },
+        tp_rate: options.tp_gbs * 1e9,
+        dp_rate: options.dp_gbs * 1e9,
+    };
+    let result = tch::no_grad(|| bench::rank(&bench, &rank))?;
+    print_result(load, &result, &result.text())
+}
+
+fn print_result(load: &LoadOptions, result: &impl serde::Serialize, text: &str) -> anyhow::Result<()> {
+    if load.json {
+        println!("{}", serde_json::to_string_pretty(result)?);
+    } else {
+        print!("{text}");
+    }
+    Ok(())
+}
+
+fn scored(load: &LoadOptions) -> anyhow::Result<f64> {
+    if !(load.scored > 0.0 && load.scored <= 1.0) {
+        bail!("--scored is {}; expected a share above 0 and not above 1", load.scored);
+    }
+    Ok(load.scored)
 }
 
 fn architecture(options: &StepBenchOptions) -> Architecture {

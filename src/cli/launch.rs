@@ -2,6 +2,8 @@
 
 use std::env;
 
+use crate::dist::Rendezvous;
+
 /// Launch facts from the environment, before MPI is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Launched {
@@ -11,6 +13,8 @@ pub(super) struct Launched {
     pub(super) world: usize,
     /// The launcher speaks to MPI.
     pub(super) by_mpi: bool,
+    /// Where the ranks of a launcher without MPI meet.
+    pub(super) meeting: Option<Rendezvous>,
 }
 
 impl Launched {
@@ -18,7 +22,9 @@ impl Launched {
         Self::from_lookup(|name| env::var(name).ok())
     }
 
-    /// Open MPI and PRRTE set `OMPI_COMM_WORLD_*`; Slurm's PMIx plugin `PMIX_RANK`; MPICH and PMI launchers `PMI_*`.
+    /// Open MPI and PRRTE set `OMPI_COMM_WORLD_*`; Slurm's PMIx plugin `PMIX_RANK`; MPICH and PMI launchers `PMI_*`. Without any
+    /// of them, the four variables of PyTorch's launchers say where the ranks meet: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`,
+    /// `MASTER_PORT`.
     fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Self {
         let number = |name: &str| lookup(name).and_then(|text| text.parse::<usize>().ok());
         let slurm = (number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS").or_else(|| number("SLURM_NTASKS")));
@@ -35,8 +41,20 @@ impl Launched {
             }
             _ => (number("PMIX_RANK").unwrap_or(0), 1),
         };
-        Self { rank, world, by_mpi }
+        if let (false, Some(meeting)) = (by_mpi, meeting(&lookup)) {
+            return Self { rank: meeting.rank, world: meeting.world, by_mpi, meeting: Some(meeting) };
+        }
+        Self { rank, world, by_mpi, meeting: None }
     }
+}
+
+fn meeting(lookup: impl Fn(&str) -> Option<String>) -> Option<Rendezvous> {
+    let number = |name: &str| lookup(name).and_then(|text| text.parse::<usize>().ok());
+    let (rank, world) = (number("RANK")?, number("WORLD_SIZE").filter(|&world| world > 1)?);
+    let (host, port) = (lookup("MASTER_ADDR")?, u16::try_from(number("MASTER_PORT")?).ok()?);
+    // torchrun itself listens on the port that it tells
+    let taken = lookup("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|text| text == "True");
+    Some(Rendezvous { rank, world, host, port: if taken { port.wrapping_add(1) } else { port } })
 }
 
 #[cfg(test)]
@@ -51,14 +69,22 @@ mod tests {
 
     #[test]
     fn launchers_are_told_apart() {
-        assert_eq!(launched(&[]), Launched { rank: 0, world: 1, by_mpi: false });
+        let of = |rank, world, by_mpi| Launched { rank, world, by_mpi, meeting: None };
+        assert_eq!(launched(&[]), of(0, 1, false));
         let mpirun = [("OMPI_COMM_WORLD_RANK", "3"), ("OMPI_COMM_WORLD_SIZE", "4"), ("SLURM_NTASKS", "8")];
-        assert_eq!(launched(&mpirun), Launched { rank: 3, world: 4, by_mpi: true });
+        assert_eq!(launched(&mpirun), of(3, 4, true));
         let srun = [("SLURM_PROCID", "1"), ("SLURM_NTASKS", "2"), ("SLURM_STEP_ID", "0")];
-        assert_eq!(launched(&srun), Launched { rank: 1, world: 2, by_mpi: false });
+        assert_eq!(launched(&srun), of(1, 2, false));
         let batch = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8")];
-        assert_eq!(launched(&batch), Launched { rank: 0, world: 1, by_mpi: false });
+        assert_eq!(launched(&batch), of(0, 1, false));
         let mpich = [("PMI_RANK", "1"), ("PMI_SIZE", "2")];
-        assert_eq!(launched(&mpich), Launched { rank: 1, world: 2, by_mpi: true });
+        assert_eq!(launched(&mpich), of(1, 2, true));
+        let torchrun = [("RANK", "2"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "node1"), ("MASTER_PORT", "29500")];
+        let meeting = |port| Rendezvous { rank: 2, world: 4, host: "node1".to_owned(), port };
+        let meets = |port| Launched { meeting: Some(meeting(port)), ..of(2, 4, false) };
+        assert_eq!(launched(&torchrun), meets(29500));
+        assert_eq!(launched(&[&torchrun[..], &[("TORCHELASTIC_USE_AGENT_STORE", "True")]].concat()), meets(29501));
+        assert_eq!(launched(&torchrun[..3]), of(0, 1, false));
+        assert_eq!(launched(&[&torchrun[..], &mpirun[..]].concat()), of(3, 4, true));
     }
 }

@@ -6,6 +6,8 @@
 
 mod arguments;
 mod bench;
+mod check;
+mod device;
 mod ending;
 mod launch;
 mod run;
@@ -54,6 +56,8 @@ pub fn main() -> ExitCode {
         }
         Some(Verb::Config { verb: ConfigVerb::Show { file, set } }) => show(&file, &set),
         Some(Verb::Bench { verb: BenchVerb::Step(options) }) => bench::step(&options, &launched),
+        Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),
+        Some(Verb::Check(options)) => check::check(&options, &launched),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
     };
     match result {

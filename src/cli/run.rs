@@ -1,18 +1,18 @@
 //! The verb `run`: configuration, ranks, threads and logs, then [`crate::run`].
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 
 use super::arguments::{LogChoice, ProgressChoice, RunOptions};
+use super::device;
 use super::ending;
 use super::launch::Launched;
 use crate::abi::host;
-use crate::config::{self, Device, Dp};
-#[cfg(feature = "mpi")]
-use crate::dist::Watchdog;
-use crate::dist::{Mesh, World};
-use crate::run::{self, Context};
+use crate::config::{self, Dp};
+use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
+use crate::run::{self, Context, MemoryWords};
 use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
 
 pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
@@ -34,36 +34,57 @@ pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyho
 fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     let path = options.config.as_ref().context("--config is missing")?;
     let config = config::from_file(path, &options.set)?;
-    if config.run.device == Device::Cuda {
-        bail!("run.device: \"cuda\" is not built in this version; write \"cpu\" or \"auto\"");
-    }
     let dp = match config.parallel.dp {
         Dp::Auto => None,
         Dp::Ranks(n) => Some(n),
     };
-    let world = ranks.world(config.parallel.tp, dp, Duration::from_secs(config.run.timeout), launched)?;
+    let timeout = Duration::from_secs(config.run.timeout);
+    let world = ranks.world(config.parallel.tp, dp, timeout, launched)?;
     set_threads(config.run.threads, &world)?;
+    let chosen = device::choose(config.run.device, config.run.allow_shared_gpu, world, timeout)?;
     let format = match options.log_format {
         LogChoice::Text => LogFormat::Text,
         LogChoice::Json => LogFormat::Json,
     };
+    let device::Chosen { world, device, about } = chosen;
     let console = Console::new(progress_mode(options.progress, launched.rank, format));
     let log = start_log(world.mesh.rank, world.mesh.world(), format, &console);
     let (overwrite, fault, mpi_version) = (options.overwrite, options.fault, ranks.version());
-    let context = Context { world, console, log, started, overwrite, mpi_version, fault };
+    let memory_words = MemoryWords::default();
+    ending::explain_memory(&memory_words);
+    let context = Context {
+        memory_words,
+        world,
+        device,
+        about_device: about,
+        console,
+        log,
+        started,
+        overwrite,
+        mpi_version,
+        fault,
+    };
     let summary = tch::no_grad(|| run::run(&config, context));
     summary.map(drop).map_err(Into::into)
 }
 
+/// How long ranks without MPI wait for each other at the start.
+const GATHERING: Duration = Duration::from_secs(300);
+
 /// The ranks of the job, for as long as it runs.
 pub(super) enum Ranks {
     Solo,
+    Tcp(Rc<Peers>),
     #[cfg(feature = "mpi")]
     Mpi(crate::abi::mpi::Environment),
 }
 
 impl Ranks {
     pub(super) fn start(launched: &Launched) -> anyhow::Result<Self> {
+        if let Some(meeting) = &launched.meeting {
+            ending::with_the_launcher(launched.rank);
+            return Peers::connect(meeting, GATHERING).map(Self::Tcp).map_err(anyhow::Error::msg);
+        }
         if !launched.by_mpi && launched.world > 1 {
             bail!(
                 "srun started {} tasks that know nothing of each other; use `srun --mpi=pmix` or mpirun inside the job",
@@ -104,26 +125,26 @@ impl Ranks {
         timeout: Duration,
         launched: &Launched,
     ) -> anyhow::Result<World> {
-        #[cfg(not(feature = "mpi"))]
-        let _ = (timeout, launched);
+        let watchdog = || {
+            let watchdog = Watchdog::new(timeout);
+            let rank = launched.rank;
+            watchdog.start(move |message| ending::on_timeout(rank, message));
+            watchdog
+        };
         match self {
             Self::Solo => {
                 Mesh::new(0, 1, tp, dp)?;
                 Ok(World::solo())
             }
+            Self::Tcp(peers) => Ok(tcp_world(peers, tp, dp, watchdog())?),
             #[cfg(feature = "mpi")]
-            Self::Mpi(environment) => {
-                let watchdog = Watchdog::new(timeout);
-                let rank = launched.rank;
-                watchdog.start(move |message| ending::on_timeout(rank, message));
-                Ok(crate::dist::mpi_world(environment, tp, dp, watchdog)?)
-            }
+            Self::Mpi(environment) => Ok(crate::dist::mpi_world(environment, tp, dp, watchdog())?),
         }
     }
 
     fn version(&self) -> Option<String> {
         match self {
-            Self::Solo => None,
+            Self::Solo | Self::Tcp(_) => None,
             #[cfg(feature = "mpi")]
             Self::Mpi(_) => Some(crate::abi::mpi::library_version()),
         }

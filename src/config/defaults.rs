@@ -32,6 +32,7 @@ pub(super) fn fill(config: &mut Config) {
         OptimizerName::Adamw => {
             optimizer.betas.get_or_insert(Optimizer::BETAS);
             optimizer.eps.get_or_insert(Optimizer::EPS);
+            optimizer.state_dtype.get_or_insert_default();
         }
         OptimizerName::Sgd => _ = optimizer.momentum.get_or_insert(Optimizer::MOMENTUM),
     }

@@ -39,9 +39,13 @@ pub struct Run {
     /// Seed of everything random: initial weights and the order of the data.
     #[serde(default)]
     pub seed: u64,
-    /// `auto` or `cpu`; this version computes on CPUs and refuses `cuda`.
+    /// `auto` takes GPUs where every rank has one and CPUs otherwise; `cuda` refuses to run without; `cpu`. Of a host's GPUs each
+    /// rank takes one, in rank order.
     #[serde(default)]
     pub device: Device,
+    /// Let several ranks share a GPU; slow, for trying layouts on one machine.
+    #[serde(default)]
+    pub allow_shared_gpu: bool,
     /// CPU threads of one rank; 0 means `OMP_NUM_THREADS`, or else a fair share of the cores that the launcher left to it. Unit: threads.
     #[serde(default)]
     pub threads: usize,
@@ -97,12 +101,23 @@ pub struct Parallel {
     pub zero: bool,
     /// Least size of one gradient bucket, the unit of data-parallel traffic; half blocks are never cut. Unit: MiB of f32 gradients on one rank.
     pub bucket_mib: f64,
+    /// In which the data-parallel ranks add gradients up: `f32`, or `bf16` for half the traffic and rounded sums.
+    pub reduce_dtype: Float,
 }
 
 impl Default for Parallel {
     fn default() -> Self {
-        Self { tp: 1, dp: Dp::Auto, sequence_parallel: false, zero: true, bucket_mib: 32.0 }
+        Self { tp: 1, dp: Dp::Auto, sequence_parallel: false, zero: true, bucket_mib: 32.0, reduce_dtype: Float::F32 }
     }
+}
+
+/// A type of floating-point numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Float {
+    #[default]
+    F32,
+    Bf16,
 }
 
 /// Data-parallel size.
@@ -226,6 +241,9 @@ pub struct Train {
     /// `bf16` computes in bf16 with f32 master weights, gradients and optimizer state; `f32` computes in f32.
     #[serde(default)]
     pub precision: Precision,
+    /// Gradient buffers: `f32`, or `bf16` for half the memory; then every step must fit into one micro-batch on each rank.
+    #[serde(default)]
+    pub grad_dtype: Float,
     /// `half_block` keeps only the input of each half block and computes the rest again in backward; `none` keeps all.
     #[serde(default)]
     pub recompute: Recompute,
@@ -262,7 +280,7 @@ pub enum Recompute {
     HalfBlock,
 }
 
-/// The optimizer; its state is f32.
+/// The optimizer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Optimizer {
@@ -286,6 +304,22 @@ pub struct Optimizer {
     /// Largest global gradient norm; longer gradients are scaled down to it. 0 turns clipping off.
     #[serde(default = "default_max_grad_norm")]
     pub max_grad_norm: f64,
+    /// AdamW's moments: `f32`, `bf16`, or `int8` (blocks of 256 with a scale, arXiv 2110.02861): 8, 4 or 2 bytes a parameter. Default `f32`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_dtype: Option<StateDtype>,
+    /// Step each gradient bucket as soon as it is complete, while backward still runs, and free it: gradients need almost no memory
+    /// where a step is one micro-batch. Clips each half block by its own norm, as the global one is not yet known.
+    #[serde(default)]
+    pub in_backward: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StateDtype {
+    #[default]
+    F32,
+    Bf16,
+    Int8,
 }
 
 fn default_weight_decay() -> f64 {

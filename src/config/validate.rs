@@ -2,7 +2,7 @@
 
 use super::data::Kind;
 use super::error::ConfigError;
-use super::schema::{Compat, Config, Dp, Eval, Export, Method, Objective, Optimizer, OptimizerName, Retain};
+use super::schema::{Compat, Config, Device, Dp, Eval, Export, Method, Objective, Optimizer, OptimizerName, Retain};
 
 /// Checks what one key says against what the others say.
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
@@ -20,6 +20,9 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         return no_effect("parallel.sequence_parallel", "with parallel.tp = 1", "set parallel.tp or remove it");
     }
     positive("run.timeout", config.run.timeout as f64)?;
+    if config.run.allow_shared_gpu && config.run.device == Device::Cpu {
+        return no_effect("run.allow_shared_gpu", "with run.device = \"cpu\"", "remove it");
+    }
     let Export { model, dtype, max_shard_mib } = config.export;
     if !model && (dtype, max_shard_mib) != (Export::default().dtype, Export::default().max_shard_mib) {
         return no_effect("export.dtype or export.max_shard_mib", "with export.model = false", "remove it");
@@ -162,6 +165,9 @@ fn optimizer(config: &Config) -> Result<(), ConfigError> {
         }
         OptimizerName::Sgd if optimizer.betas.is_some() => {
             no_effect("optimizer.betas", "with name = \"sgd\"", "remove it or write momentum")
+        }
+        OptimizerName::Sgd if optimizer.state_dtype.is_some() => {
+            no_effect("optimizer.state_dtype", "with name = \"sgd\"", "remove it")
         }
         OptimizerName::Sgd if optimizer.eps.is_some() => no_effect("optimizer.eps", "with name = \"sgd\"", "remove it"),
         OptimizerName::Adamw => {

@@ -15,12 +15,21 @@ pub enum Reduce {
     Max,
 }
 
-/// What carries a group's collectives. Tensors are contiguous; reductions come as f32, f64 or i64.
+/// What carries a group's collectives. Tensors are contiguous; reductions come as f32, f64 or i64, and as bf16 where
+/// [`Transport::adds_bf16`] says so.
 pub(super) trait Transport {
     fn all_reduce(&self, tensor: &mut Tensor, op: Reduce);
     /// Starts the sum; this rank's part of `input` arrives in `output`.
     fn reduce_scatter(&self, input: Tensor, output: Tensor) -> Box<dyn Ticket>;
     fn all_gather(&self, input: &Tensor, output: &mut Tensor);
+    /// Whether bf16 may be reduced as it is; otherwise the group widens it to f32.
+    fn adds_bf16(&self) -> bool {
+        false
+    }
+    /// Whether the input of a gather may be this rank's place in its output.
+    fn gathers_in_place(&self) -> bool {
+        false
+    }
     fn broadcast(&self, tensor: &mut Tensor, root: usize);
     fn barrier(&self);
     /// Gives what was started a chance to move.
@@ -34,12 +43,14 @@ pub(super) trait Ticket {
 
 /// The ranks along one axis of the mesh, seen from one of them.
 ///
-/// A group of one rank has no transport: its collectives are the identity and cost nothing.
+/// A group of one rank has no transport: its collectives are the identity and cost nothing. Tensors on the host go through
+/// the host's network, tensors on a device through the devices': control numbers never wait in a device's queue.
 pub struct Group {
     axis: &'static str,
     rank: usize,
     size: usize,
-    transport: Option<Box<dyn Transport>>,
+    host: Option<Box<dyn Transport>>,
+    device: Option<Box<dyn Transport>>,
     watchdog: Watchdog,
     traffic: Rc<Cell<Traffic>>,
 }
@@ -67,7 +78,7 @@ impl Group {
     /// A group of one.
     pub fn solo(axis: &'static str) -> Self {
         let watchdog = Watchdog::new(Duration::MAX);
-        Self { axis, rank: 0, size: 1, transport: None, watchdog, traffic: Rc::default() }
+        Self { axis, rank: 0, size: 1, host: None, device: None, watchdog, traffic: Rc::default() }
     }
 
     pub(super) fn new(
@@ -77,8 +88,23 @@ impl Group {
         carrier: Box<dyn Transport>,
         dog: &Watchdog,
     ) -> Self {
-        let transport = (size > 1).then_some(carrier);
-        Self { axis, rank, size, transport, watchdog: dog.clone(), traffic: Rc::default() }
+        let host = (size > 1).then_some(carrier);
+        Self { axis, rank, size, host, device: None, watchdog: dog.clone(), traffic: Rc::default() }
+    }
+
+    /// From here on tensors on devices go through `carrier`.
+    pub(super) fn carry_devices(&mut self, carrier: Box<dyn Transport>) {
+        self.device = (self.size > 1).then_some(carrier);
+    }
+
+    /// What carries a tensor; None where there is nobody else.
+    fn transport(&self, tensor: &Tensor) -> Option<&dyn Transport> {
+        let transport = match tensor.device() {
+            Device::Cpu => &self.host,
+            _ => &self.device,
+        };
+        assert!(self.size == 1 || transport.is_some(), "invariant: groups carry tensors of the devices in use");
+        transport.as_deref()
     }
 
     pub fn rank(&self) -> usize {
@@ -99,12 +125,12 @@ impl Group {
 
     /// Replaces `tensor` by the element-wise sum or maximum over the group. All ranks of the group call it.
     ///
-    /// bf16 is added up in f32 and rounded once.
+    /// On the host bf16 is added up in f32 and rounded once.
     pub fn all_reduce(&self, tensor: &mut Tensor, op: Reduce) {
-        let Some(transport) = &self.transport else { return };
         let what = tensor.shallow_clone();
+        let Some(transport) = self.transport(&what) else { return };
         self.timed("all_reduce", &what, || {
-            if tensor.kind() == Kind::BFloat16 {
+            if tensor.kind() == Kind::BFloat16 && !transport.adds_bf16() {
                 let mut wide = tensor.to_kind(Kind::Float).contiguous();
                 transport.all_reduce(&mut wide, op);
                 tensor.copy_(&wide);
@@ -131,7 +157,7 @@ impl Group {
     ///
     /// All ranks of the group call it, and wait in the same order.
     pub fn reduce_scatter(&self, input: &Tensor) -> Pending {
-        if self.transport.is_none() {
+        if self.size == 1 {
             return Pending(State::Done(input.shallow_clone()));
         }
         self.reduce_scatter_into(input, self.part(input))
@@ -139,7 +165,7 @@ impl Group {
 
     /// As [`Self::reduce_scatter`] into `output`, which may be this rank's part of `input` itself.
     pub fn reduce_scatter_into(&self, input: &Tensor, output: Tensor) -> Pending {
-        let Some(transport) = &self.transport else {
+        let Some(transport) = self.transport(input) else {
             return Pending(State::Done(input.shallow_clone()));
         };
         let ticket = self.timed("reduce_scatter", input, || transport.reduce_scatter(input.contiguous(), output));
@@ -149,15 +175,15 @@ impl Group {
 
     /// The sum over the group of `input` (`size` equal parts along dimension 0), this rank's part of it, in `input`'s kind.
     ///
-    /// bf16 is added up in f32 and rounded once. All ranks of the group call it.
+    /// On the host bf16 is added up in f32 and rounded once. All ranks of the group call it.
     pub fn reduce_scatter_now(&self, input: &Tensor) -> Tensor {
         let kind = input.kind();
-        if self.size == 1 {
-            input.shallow_clone()
-        } else if kind == Kind::BFloat16 {
-            self.reduce_scatter(&input.to_kind(Kind::Float)).wait().to_kind(kind)
-        } else {
-            self.reduce_scatter(input).wait()
+        match self.transport(input) {
+            None => input.shallow_clone(),
+            Some(transport) if kind == Kind::BFloat16 && !transport.adds_bf16() => {
+                self.reduce_scatter(&input.to_kind(Kind::Float)).wait().to_kind(kind)
+            }
+            Some(_) => self.reduce_scatter(input).wait(),
         }
     }
 
@@ -175,10 +201,10 @@ impl Group {
 
     /// As [`Self::all_gather`] into `output`, which may contain `part` at this rank's place.
     pub fn all_gather_into(&self, part: &Tensor, output: &mut Tensor) {
-        match &self.transport {
+        match self.transport(part) {
             Some(transport) => {
                 // MPI forbids the same memory on both sides; a part is small against the whole.
-                let part = part.copy();
+                let part = if transport.gathers_in_place() { part.contiguous() } else { part.copy() };
                 let what = output.shallow_clone();
                 self.timed("all_gather", &what, || transport.all_gather(&part, output));
             }
@@ -222,22 +248,23 @@ impl Group {
 
     /// Copies rank `root`'s contiguous `tensor` into everybody's. All ranks of the group call it.
     pub fn broadcast(&self, tensor: &mut Tensor, root: usize) {
-        if let Some(transport) = &self.transport {
-            self.timed("broadcast", &tensor.shallow_clone(), || transport.broadcast(tensor, root));
+        let what = tensor.shallow_clone();
+        if let Some(transport) = self.transport(&what) {
+            self.timed("broadcast", &what, || transport.broadcast(tensor, root));
         }
     }
 
-    /// Returns when every rank of the group has called it.
+    /// Returns when every rank of the group has called it and, where devices are in use, their work is done.
     pub fn barrier(&self) {
-        if let Some(transport) = &self.transport {
-            let nothing = Tensor::zeros([0], (Kind::Uint8, Device::Cpu));
+        let nothing = Tensor::zeros([0], (Kind::Uint8, Device::Cpu));
+        for transport in [&self.device, &self.host].into_iter().flatten() {
             self.timed("barrier", &nothing, || transport.barrier());
         }
     }
 
     /// Gives collectives that were started a chance to move; cheap, and any number of ranks may call it.
     pub fn progress(&self) {
-        if let Some(transport) = &self.transport {
+        if let Some(transport) = &self.host {
             transport.progress();
         }
     }

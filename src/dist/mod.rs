@@ -6,14 +6,18 @@ mod group;
 mod mesh;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod nccl;
+pub mod planned;
+mod tcp;
 mod threads;
 mod watchdog;
 mod world;
 
 pub use group::{Group, Pending, Reduce, Traffic};
 pub use mesh::{Mesh, MeshError, part};
+pub use tcp::{Peers, Rendezvous};
 pub use threads::{Fault, run_threads, run_threads_with};
 pub use watchdog::Watchdog;
-pub use world::World;
 #[cfg(feature = "mpi")]
 pub use world::mpi_world;
+pub use world::{World, tcp_world};

@@ -63,6 +63,7 @@ pub fn run_threads_with<T: Send>(fault: Fault, tp: usize, dp: usize, body: impl 
                         tp: Rc::new(group("tp", mesh.tp_rank(), tp, row)),
                         dp: Rc::new(group("dp", mesh.dp_rank(), dp, column)),
                         watchdog: dog.clone(),
+                        planned: false,
                     };
                     catch_unwind(AssertUnwindSafe(|| body(world))).map_err(|panic| {
                         for meeting in [all, row, column] {

@@ -55,6 +55,11 @@ impl Watchdog {
         *lock(&self.state.deadline) = deadline;
     }
 
+    /// Runs a wait for what the device has to do until the end of a step.
+    pub fn watch_device<T>(&self, step: usize, wait: impl FnOnce() -> T) -> T {
+        self.watch(|| format!("the device's work up to step {step}"), wait)
+    }
+
     /// Runs a wait under observation.
     pub(super) fn watch<T>(&self, what: impl FnOnce() -> String, wait: impl FnOnce() -> T) -> T {
         *lock(&self.state.waiting) = Some(Wait { what: what(), since: Instant::now() });

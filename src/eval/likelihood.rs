@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::abi::slices::slice;
+use crate::abi::upload::upload;
 use crate::data::{Dataset, Item, MicroBatch, RowsOf, Stream, pack, share};
 use crate::dist::World;
 use crate::model::{Decoder, Keep, Weights};
@@ -91,8 +92,8 @@ fn forward(
 ) -> Vec<SampleScore> {
     let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
     let (hidden, _) = decoder.forward(weights, &batch, Keep::Nothing);
-    let positions = Tensor::from_slice(&micro_batch.positions).to_device(decoder.device);
-    let targets = Tensor::from_slice(&micro_batch.targets).to_device(decoder.device);
+    let positions = upload(&micro_batch.positions, decoder.device);
+    let targets = upload(&micro_batch.targets, decoder.device);
     let rows = decoder.rows(weights, &hidden, &positions, options.logits_bytes);
     let scores = decoder.scores(weights, &rows, &targets, false);
     let host = |t: &Tensor| t.to_kind(Kind::Float).to_device(tch::Device::Cpu).contiguous();

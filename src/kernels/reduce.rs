@@ -10,18 +10,13 @@ use crate::abi::parallel;
 use crate::abi::slices::slice;
 
 /// Sum of the squares of a contiguous f32 or bf16 tensor, added up in f64 over fixed blocks: the same for any number of
-/// threads. Waits for the device.
-pub fn sum_of_squares(x: &Tensor) -> f64 {
-    f64::try_from(sum_of_squares_tensor(x)).expect("invariant: a sum is one number")
-}
-
-/// As [`sum_of_squares`], as a scalar f64 tensor on `x`'s device: nobody waits.
-pub fn sum_of_squares_tensor(x: &Tensor) -> Tensor {
+/// threads. `[1]` f64 on the tensor's device; nobody waits.
+pub fn sum_of_squares(x: &Tensor) -> Tensor {
     if let Some(on) = cuda::launcher(x) {
-        return cuda::reduce::sum_of_squares(on, x);
+        return cuda::reduce::sum_of_squares(on, x).view([1]);
     }
-    on_cpu!(x, T => Tensor::from(sum::<T>(slice(x))))
-        .unwrap_or_else(|| x.to_kind(Kind::Double).square().sum(Kind::Double))
+    on_cpu!(x, T => Tensor::from_slice(&[sum::<T>(slice(x))]))
+        .unwrap_or_else(|| x.to_kind(Kind::Double).square().sum(Kind::Double).view([1]))
 }
 
 fn sum<T: Real>(values: &[T]) -> f64 {
@@ -63,10 +58,11 @@ mod tests {
         let n = 3_000_001;
         let x = Tensor::full([n], 1e-4, (Kind::Float, Device::Cpu));
         let square = f64::from(1e-4f32) * f64::from(1e-4f32);
-        assert!((sum_of_squares(&x) / (square * n as f64) - 1.0).abs() < 1e-12);
-        assert_eq!(sum_of_squares(&x.narrow(0, 0, 0)), 0.0);
+        let sum = |x: &Tensor| sum_of_squares(x).double_value(&[0]);
+        assert!((sum(&x) / (square * n as f64) - 1.0).abs() < 1e-12);
+        assert_eq!(sum(&x.narrow(0, 0, 0)), 0.0);
         let half = x.to_kind(Kind::BFloat16);
         let square = half.double_value(&[0]).powi(2);
-        assert!((sum_of_squares(&half) / (square * n as f64) - 1.0).abs() < 1e-12);
+        assert!((sum(&half) / (square * n as f64) - 1.0).abs() < 1e-12);
     }
 }

@@ -90,7 +90,7 @@ pub(super) fn backward(
     let Rest { rstd, projected, mixed, normalisers } = rest;
     let shape = core_shape(model, layer);
     let d_qkv =
-        attention_core::backward(&d_mixed, &inputs(model, &projected), &mixed, normalisers, &batch.sequences, shape);
+        attention_core::backward(&d_mixed, &inputs(model, &projected), &mixed, normalisers, batch.attended(), shape);
     drop((d_mixed, mixed));
     let d_qkv = unproject(model, weights, params, batch, projected, d_qkv, sink);
     let again = || model.gather_tokens(rms_norm::apply(&x, weights.get(params.attention_norm), &rstd));
@@ -115,7 +115,7 @@ fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &T
     }
     let projected = project(model, weights, params, batch, qkv);
     let (mixed, normalisers) =
-        attention_core::forward(&inputs(model, &projected), &batch.sequences, core_shape(model, layer));
+        attention_core::forward(&inputs(model, &projected), batch.attended(), core_shape(model, layer));
     (Rest { rstd, projected, mixed, normalisers }, normed)
 }
 

@@ -2,7 +2,9 @@
 
 use tch::{Device, Tensor};
 
+use super::attention_core::Sequences;
 use super::rope::Rope;
+use crate::abi::upload::upload;
 
 /// Sequences one after the other; attention never crosses from one to the next.
 ///
@@ -14,6 +16,8 @@ pub struct Batch {
     pub ids: Tensor,
     /// First token and length of each sequence, in order.
     pub sequences: Vec<(i64, i64)>,
+    /// On a GPU, first token of each sequence and the end of the last: `[sequences + 1]` i32.
+    pub bounds: Option<Tensor>,
     /// Tokens that belong to a sequence.
     pub filled: i64,
     /// `[tokens, rotary pairs]` f32: positions restart with each sequence.
@@ -36,7 +40,16 @@ impl Batch {
         padded.resize(total, 0);
         positions.resize(total, 0);
         let (cos, sin) = rope.tables(&positions, device);
-        Self { ids: Tensor::from_slice(&padded).to_device(device), sequences, filled: ids.len() as i64, cos, sin }
+        let bounds = (device != Device::Cpu).then(|| {
+            let ends = sequences.iter().map(|&(start, len)| (start + len) as i32);
+            upload(&std::iter::once(0).chain(ends).collect::<Vec<i32>>(), device)
+        });
+        Self { ids: upload(&padded, device), sequences, bounds, filled: ids.len() as i64, cos, sin }
+    }
+
+    /// What attention needs to know.
+    pub(super) fn attended(&self) -> Sequences<'_> {
+        Sequences { spans: &self.sequences, bounds: self.bounds.as_ref() }
     }
 
     pub fn num_tokens(&self) -> i64 {

@@ -18,7 +18,13 @@ impl ConfigJson {
     pub fn read(folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Read { path: path.clone(), source })?;
-        let map = serde_json::from_str(&text).map_err(|error| ModelError::Config {
+        Self::parse(&path, &text)
+    }
+
+    /// The same from its text; `path` is for messages.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ModelError> {
+        let path = path.to_owned();
+        let map = serde_json::from_str(text).map_err(|error| ModelError::Config {
             path: path.clone(),
             reason: format!("is not a JSON object: {error}"),
         })?;

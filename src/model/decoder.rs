@@ -127,6 +127,10 @@ impl Decoder {
             return sink.rows(self.table.embedding, &batch.ids, grad);
         }
         let (local, here) = self.local_ids(&batch.ids);
+        if self.device != Device::Cpu {
+            // how many are here is known to the device alone; zeros for row 0 cost less than asking it
+            return sink.rows(self.table.embedding, &local, &(grad * here.unsqueeze(1).to_kind(grad.kind())));
+        }
         let at = here.nonzero().squeeze_dim(1);
         sink.rows(self.table.embedding, &local.index_select(0, &at), &grad.index_select(0, &at));
     }

@@ -248,8 +248,8 @@ impl Decoder {
     fn combine(&self, statistics: &Tensor) -> Tensor {
         let rows = statistics.size()[0];
         // the index of the maximum counts from the start of the whole vocabulary
-        let statistics = statistics + Tensor::from_slice(&[0.0f32, 0.0, 0.0, self.table.vocab.start as f32]);
-        let all = self.tp.all_gather(&statistics).view([self.tp.size() as i64, rows, softmax::STATISTICS]);
+        let _ = statistics.narrow(1, 3, 1).g_add_scalar_(self.table.vocab.start as f64);
+        let all = self.tp.all_gather(statistics).view([self.tp.size() as i64, rows, softmax::STATISTICS]);
         let (maxima, sums) = (all.select(2, 0), all.select(2, 1));
         let maximum = maxima.amax([0i64].as_slice(), true);
         let mut total = Tensor::zeros([rows], (Kind::Float, self.device));

@@ -13,6 +13,7 @@ pub mod families;
 mod head;
 pub mod init;
 mod mlp;
+pub mod published;
 mod rope;
 pub mod sharding;
 mod weights;

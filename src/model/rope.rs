@@ -2,6 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::abi::upload::upload;
+
 /// Rotary embedding of one model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
@@ -57,13 +59,13 @@ impl Rope {
 
     /// Cosine and sine for each position: two tensors `[positions, dim / 2]` f32.
     pub fn tables(&self, positions: &[i64], device: Device) -> (Tensor, Tensor) {
-        let angles = Tensor::from_slice(positions).to_kind(Kind::Double).unsqueeze(1)
-            * Tensor::from_slice(&self.frequencies()).unsqueeze(0);
+        let angles = upload(positions, device).to_kind(Kind::Double).unsqueeze(1)
+            * upload(&self.frequencies(), device).unsqueeze(0);
         let amplitude = match &self.scaling {
             Scaling::Long { attention_factor, .. } => *attention_factor,
             _ => 1.0,
         };
-        let table = |t: Tensor| (t * amplitude).to_kind(Kind::Float).to_device(device);
+        let table = |t: Tensor| (t * amplitude).to_kind(Kind::Float);
         (table(angles.cos()), table(angles.sin()))
     }
 }

@@ -79,11 +79,14 @@ impl Inputs {
     }
 
     /// Loads this rank's shards and lets go of the files: a mapped file counts as memory. All ranks call it.
-    pub fn load(&mut self, config: &Config, world: &World, console: &Console) -> Result<Loaded, RunError> {
-        let table = Table::new(&self.arch, world.mesh.tp, world.mesh.tp_rank(), config.parallel.sequence_parallel)?;
-        let (owners, owner) = if config.parallel.zero { (world.mesh.dp, world.mesh.dp_rank()) } else { (1, 0) };
-        let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
-        let layout = Layout::new(&table, bucket.max(1), owners, owner);
+    pub fn load(
+        &mut self,
+        config: &Config,
+        world: &World,
+        device: Device,
+        console: &Console,
+    ) -> Result<Loaded, RunError> {
+        let (table, layout) = self.layout(config, world)?;
         let kind = match config.train.precision {
             Precision::Bf16 => Kind::BFloat16,
             Precision::F32 => Kind::Float,
@@ -91,7 +94,7 @@ impl Inputs {
         let pieces: usize = table.params.iter().map(|param| param.pieces.len()).sum();
         let mut bar = console.progress("model", pieces as u64, "slices");
         let (seed, std) = (config.run.seed, self.arch.initializer_range);
-        let parameters = Parameters::new(&table, layout, kind, Device::Cpu, |id, piece| {
+        let parameters = Parameters::new(&table, layout, kind, device, |id, piece| {
             bar.advance(1, "");
             match &self.weights {
                 Some(folder) => folder.slice(piece),
@@ -106,7 +109,7 @@ impl Inputs {
             table,
             tp: Rc::clone(&world.tp),
             sequence_parallel: config.parallel.sequence_parallel,
-            device: Device::Cpu,
+            device,
             clock: Clock::default(),
             logits: LogitsPool::default(),
         };
@@ -117,6 +120,16 @@ impl Inputs {
             &identity[..16]
         );
         Ok(Loaded { decoder, parameters, identity })
+    }
+
+    /// Where this rank's part of every parameter lies.
+    pub fn layout(&self, config: &Config, world: &World) -> Result<(Table, Layout), RunError> {
+        let mesh = world.mesh;
+        let table = Table::new(&self.arch, mesh.tp, mesh.tp_rank(), config.parallel.sequence_parallel)?;
+        let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
+        let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
+        let layout = Layout::new(&table, bucket.max(1), owners, owner);
+        Ok((table, layout))
     }
 
     /// All sets that are evaluated, by name.

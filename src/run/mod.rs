@@ -4,6 +4,8 @@ mod error;
 mod fault;
 mod files;
 mod inputs;
+mod journal;
+mod memory;
 mod process;
 mod reference;
 mod summary;
@@ -11,12 +13,14 @@ mod summary;
 pub use error::RunError;
 pub use fault::{Fault, Phase};
 pub use inputs::{Inputs, Loaded};
+pub use memory::{Memory, MemoryWords};
 pub use summary::{Evaluations, Summary};
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tch::Kind;
+use tch::{Device, Kind};
 
 use crate::checkpoint::{ExportOptions, export};
 use crate::config::{self, Config};
@@ -25,15 +29,23 @@ use crate::dist::World;
 use crate::eval::{self, ForwardOptions, LikelihoodScores};
 use crate::model::Keep;
 use crate::model::sharding::Table;
-use crate::telemetry::{Console, LogFile, table};
-use crate::train::{Batches, GradientBuffers, Optimizer, Reference, Schedule, Trainer, TrainerOptions};
+use crate::telemetry::{Console, LogFile};
+use crate::train;
+use crate::train::{
+    Batches, GradientBuffers, GradientOptions, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
+};
 use crate::unlearn;
 use files::RunFolder;
+use journal::{Journal, comm_seconds};
 use reference::{Identity, ReferenceCache, ReferenceOptions};
 
 /// What a run is given besides its configuration.
 pub struct Context {
     pub world: World,
+    /// What this rank computes on.
+    pub device: Device,
+    /// The same in words, or why not on a GPU.
+    pub about_device: String,
     pub console: Console,
     pub log: LogFile,
     /// Start of the process, for the time to the first step.
@@ -44,6 +56,8 @@ pub struct Context {
     pub mpi_version: Option<String>,
     /// A fault to put in.
     pub fault: Option<Fault>,
+    /// Where the run leaves what is to be said when memory runs out.
+    pub memory_words: MemoryWords,
 }
 
 /// Longest wait for a rank that reads or writes files.
@@ -60,27 +74,36 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     tracing::info!("dunlearn {}: {}", env!("CARGO_PKG_VERSION"), config.run.dir.display());
     let (mesh, threads) = (world.mesh, tch::get_num_threads());
     let ranks = format!("ranks: {} (tp {} x dp {}), CPU threads of each: {threads}", mesh.world(), mesh.tp, mesh.dp);
-    tracing::info!("{ranks}; this version has no GPU backend");
+    tracing::info!("{ranks}");
+    tell_devices(&context);
     tracing::debug!("{mesh}");
     let mut inputs = Inputs::read(config, world)?;
     strike(Phase::Load)?;
     // nothing of an earlier run is touched before the new one's inputs are known to be good
     let folder = RunFolder::create(config, &context)?;
     let mut metrics = folder.metrics(config, &context)?;
-    let Loaded { decoder, parameters, identity } = inputs.load(config, world, console)?;
-    let (memory, steps) = (MemoryLine::of(&parameters), total_steps(config, &inputs));
+    let expected = Memory::expected(config, &inputs.layout(config, world)?.1);
+    expected.prepare(&context.memory_words, config, context.device);
+    let Loaded { decoder, parameters, identity } = inputs.load(config, world, context.device, console)?;
+    let steps = total_steps(config, &inputs);
 
     let batches = batches(config, &inputs);
     let forward =
         ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
-    let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, decoder.device);
-    let optimizer = Optimizer::new(&config.optimizer, &parameters);
-    memory.print(&gradients, &optimizer);
+    let holding = GradientOptions {
+        kind: train::kind(config.train.grad_dtype),
+        reduce: train::kind(config.parallel.reduce_dtype),
+        release: config.optimizer.in_backward,
+        device: decoder.device,
+    };
+    let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding);
+    let optimizer = Optimizer::new(&config.optimizer, &decoder.table, &parameters);
     let per_epoch = batches.order.steps_per_epoch();
     let mut trainer = Trainer {
         schedule: Schedule::new(&config.schedule, config.optimizer.lr, steps, per_epoch),
         method: unlearn::method(&config.method),
         options: TrainerOptions {
+            in_backward: config.optimizer.in_backward,
             keep: match config.train.recompute {
                 config::Recompute::None => Keep::Everything,
                 config::Recompute::HalfBlock => Keep::Inputs,
@@ -88,11 +111,13 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
             logits_bytes: forward.logits_bytes,
             max_grad_norm: config.optimizer.max_grad_norm,
         },
+        broken: Trainer::whole(decoder.device),
         decoder,
         parameters,
         gradients,
         optimizer,
     };
+    Memory::of(&trainer).print();
     world.watchdog.set_deadline(timeout);
     let start = Instant::now();
     let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
@@ -105,50 +130,41 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     }
 
     let training = Instant::now();
-    let mut seconds_to_first_step = 0.0;
-    let mut tokens = 0;
-    let mut progress = console.progress("training", steps as u64, "steps");
+    let known = reference.as_ref().map(|cache| cache as &dyn Reference);
+    let mut journal = Journal {
+        metrics: &mut metrics,
+        progress: console.progress("training", steps as u64, "steps"),
+        per_epoch,
+        tokens: 0,
+        comm_seconds: comm_seconds(world),
+        told: Instant::now(),
+        seconds_to_first_step: 0.0,
+    };
+    // a GPU works while the host prepares the next step: its numbers are read one step late
+    let late = usize::from(context.device != Device::Cpu);
+    let mut open = VecDeque::new();
     for step in 0..steps {
         if step == 1 {
             strike(Phase::Step)?;
         }
-        let traffic = comm_seconds(world);
         let work = batches.step(step, world.mesh);
-        let known = reference.as_ref().map(|cache| cache as &dyn Reference);
-        let report = trainer.step(step, &work, known, world)?;
-        if step == 0 {
-            seconds_to_first_step = context.started.elapsed().as_secs_f64();
+        let launched = trainer.launch(step, &work, known, world);
+        open.push_back((step, work, launched));
+        let evaluated = config.eval.every > 0 && (step + 1) % config.eval.every == 0 && step + 1 < steps;
+        let last = step + 1 == steps;
+        while open.len() > if evaluated || last { 0 } else { late } {
+            let (step, work, launched) = open.pop_front().expect("invariant: there is one more");
+            let report = trainer.read(launched, &work, known, world)?;
+            journal.tell(step, &work, &report, &trainer, &context)?;
         }
-        tokens += work.tokens;
-        let losses = report.losses;
-        let mut line = json!({
-            "step": step + 1,
-            "epoch": (step + 1) as f64 / per_epoch as f64,
-            "loss": losses.total,
-            "forget_loss": losses.forget,
-            "retain_loss": losses.retain,
-            "grad_norm": report.grad_norm,
-            "lr": report.lr,
-            "forget_tokens": work.scored.0,
-            "retain_tokens": work.scored.1,
-            "tokens_per_s": work.tokens as f64 / report.seconds,
-            "step_s": report.seconds,
-            "comm_s": comm_seconds(world) - traffic,
-            "rss_bytes": process::resident_bytes(),
-            "time": process::unix_seconds(),
-        });
-        for (name, value) in trainer.method.forget.numbers().iter().zip(&report.numbers) {
-            line[name] = json!(value);
-        }
-        metrics.write(&line)?;
-        tracing::debug!(step = step + 1, loss = losses.total, grad_norm = report.grad_norm, seconds = report.seconds);
-        progress.advance(1, &format!("loss {:.4}  grad {:.2e}", losses.total, report.grad_norm));
-        if config.eval.every > 0 && (step + 1) % config.eval.every == 0 && step + 1 < steps {
+        if evaluated {
             let scores = evaluate(config, &inputs, &trainer, forward, world, console);
-            metrics.write(&json!({ "step": step + 1, "eval": scores }))?;
+            journal.metrics.write(&json!({ "step": step + 1, "eval": scores }))?;
             evaluations.during.push((step + 1, scores));
+            journal.told = Instant::now();
         }
     }
+    let Journal { tokens, seconds_to_first_step, progress, .. } = journal;
     drop(progress);
     let training_seconds = training.elapsed().as_secs_f64();
 
@@ -173,6 +189,18 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     folder.write_summary(&summary, world)?;
     summary.print(&folder.path, console);
     Ok(summary)
+}
+
+/// One line for each kind of thing that the ranks say of their devices. All ranks call it.
+fn tell_devices(context: &Context) {
+    let all = context.world.world.gather_bytes(context.about_device.as_bytes());
+    let mut told = Vec::new();
+    for line in all {
+        if !told.contains(&line) {
+            tracing::info!("{}", String::from_utf8_lossy(&line));
+            told.push(line);
+        }
+    }
 }
 
 fn total_steps(config: &Config, inputs: &Inputs) -> usize {
@@ -301,32 +329,4 @@ fn export_model(
     };
     export(&options, &tables?, world, parameter, || bar.advance(1, ""))?;
     Ok(())
-}
-
-fn comm_seconds(world: &World) -> f64 {
-    [&world.world, &world.tp, &world.dp].iter().map(|group| group.traffic().time.as_secs_f64()).sum()
-}
-
-/// Bytes of one rank by purpose, told before the first step.
-struct MemoryLine {
-    weights: usize,
-    masters: usize,
-}
-
-impl MemoryLine {
-    fn of(parameters: &crate::train::Parameters) -> Self {
-        let (weights, masters) = parameters.bytes();
-        Self { weights, masters }
-    }
-
-    fn print(&self, gradients: &GradientBuffers, optimizer: &Optimizer) {
-        let mib = |bytes: usize| format!("{:.1}", bytes as f64 / 1048576.0);
-        let rows = [
-            vec!["weights".to_owned(), mib(self.weights)],
-            vec!["master weights".to_owned(), mib(self.masters)],
-            vec!["gradients".to_owned(), mib(gradients.bytes())],
-            vec!["optimizer".to_owned(), mib(optimizer.bytes())],
-        ];
-        tracing::debug!("memory of this rank, without activations:\n{}", table(&["part", "MiB"], &rows));
-    }
 }

@@ -9,6 +9,7 @@ use tch::{Kind, Tensor};
 
 use super::RunError;
 use crate::abi::slices::slice;
+use crate::abi::upload::upload;
 use crate::checkpoint::{Reader, Spec, Writer};
 use crate::data::{Dataset, Item, MicroBatch, RowsOf, Stream, pack};
 use crate::dist::World;
@@ -172,7 +173,7 @@ fn compute_rows(
         let micro_batch = MicroBatch::new(&group, sample, |_| RowsOf::Every);
         let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
         let (hidden, _) = decoder.forward(weights, &batch, Keep::Nothing);
-        let positions = Tensor::from_slice(&micro_batch.positions).to_device(decoder.device);
+        let positions = upload(&micro_batch.positions, decoder.device);
         let normed = decoder.rows(weights, &hidden, &positions, options.forward.logits_bytes).normed();
         let normed = normed.to_device(tch::Device::Cpu);
         let mut sequences: Vec<_> = micro_batch.sequences.iter().collect();

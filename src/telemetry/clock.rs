@@ -1,6 +1,6 @@
 //! Where the time of a step goes.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
 
 /// Parts of a step whose times add up to the step's.
@@ -23,19 +23,28 @@ pub const PARTS: [(Part, &str); 5] = [
 ];
 
 /// Adds up times; a part does not contain another.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Clock {
     times: [Cell<Duration>; PARTS.len()],
+    settle: RefCell<Option<Box<dyn Fn()>>>,
 }
 
 impl Clock {
     /// Runs `body` and adds its time to `part`.
     pub fn time<T>(&self, part: Part, body: impl FnOnce() -> T) -> T {
+        self.settle();
         let start = Instant::now();
         let result = body();
+        self.settle();
         let cell = &self.times[part as usize];
         cell.set(cell.get() + start.elapsed());
         result
+    }
+
+    /// Calls `wait` around every part, for a device that works on while the host has gone ahead: times are then true, and the
+    /// whole is slower. None: times are the host's.
+    pub fn settle_with(&self, wait: Option<Box<dyn Fn()>>) {
+        *self.settle.borrow_mut() = wait;
     }
 
     pub fn get(&self, part: Part) -> Duration {
@@ -45,5 +54,11 @@ impl Clock {
     /// Starts from zero.
     pub fn reset(&self) {
         self.times.iter().for_each(|cell| cell.set(Duration::ZERO));
+    }
+
+    fn settle(&self) {
+        if let Some(wait) = self.settle.borrow().as_ref() {
+            wait();
+        }
     }
 }

@@ -1,5 +1,5 @@
-//! Gradients of one optimizer step: accumulated in f32 flat buffers, summed over the data-parallel ranks bucket by bucket
-//! while backward still runs.
+//! Gradients of one optimizer step: accumulated in flat buffers, summed over the data-parallel ranks bucket by bucket while
+//! backward still runs.
 //!
 //! Sums everywhere, never averages: the denominators are in the losses.
 
@@ -8,19 +8,39 @@ use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
-use super::layout::Layout;
-use super::parameters::views;
+use super::layout::{Bucket, Layout};
 use crate::dist::{Group, Pending, Reduce};
 use crate::kernels::reduce::sum_of_squares;
 use crate::model::Gradients;
 use crate::model::sharding::{Class, ParamId, Table};
 
+/// How gradients are held and sent.
+#[derive(Clone, Copy, Debug)]
+pub struct GradientOptions {
+    /// Of the buffers: f32, or bf16.
+    pub kind: Kind,
+    /// In which the data-parallel ranks add them up.
+    pub reduce: Kind,
+    /// Allocate a bucket when its first gradient comes and free it when it has been taken with
+    /// [`GradientBuffers::next_summed`].
+    pub release: bool,
+    pub device: Device,
+}
+
+impl GradientOptions {
+    /// f32 buffers that stay.
+    pub fn f32(device: Device) -> Self {
+        Self { kind: Kind::Float, reduce: Kind::Float, release: false, device }
+    }
+}
+
 /// Where one rank's gradients of one step go.
 pub struct GradientBuffers {
     table: Table,
     layout: Layout,
-    flat: Vec<Tensor>,
-    views: Vec<Tensor>,
+    options: GradientOptions,
+    /// One a bucket.
+    flat: Vec<Option<Tensor>>,
     /// Parameters that already hold something of this step; the others hold an older step's numbers.
     touched: Vec<bool>,
     tp: Rc<Group>,
@@ -29,9 +49,13 @@ pub struct GradientBuffers {
     sharded: bool,
     /// Backward of the last micro-batch is running: complete buckets are summed.
     last: bool,
-    /// Sums that have ended, then those under way, in the order of the buckets.
-    summed: Vec<Tensor>,
+    /// Buckets whose sums were started.
+    started: usize,
+    /// Sums that have ended and were not yet taken, then those under way, in the order of the buckets.
+    summed: VecDeque<Tensor>,
     under_way: VecDeque<Pending>,
+    /// Most bytes that the buffers have held at once.
+    peak: usize,
 }
 
 /// Sums under way at once; a transport may hold a copy of each bucket.
@@ -40,34 +64,39 @@ const MAX_UNDER_WAY: usize = 2;
 /// The summed gradients of this rank's own part of each bucket.
 pub struct Reduced {
     pub own: Vec<Tensor>,
-    /// Global L2 norm over all parameters of the model.
-    pub norm: f64,
+    /// Global L2 norm over all parameters of the model: one f64 on the device.
+    pub norm: Tensor,
 }
 
 impl GradientBuffers {
-    pub fn new(table: &Table, layout: &Layout, tp: &Rc<Group>, dp: &Rc<Group>, device: Device) -> Self {
-        let zeros = |len: usize| Tensor::zeros([len as i64], (Kind::Float, device));
-        let flat: Vec<Tensor> = layout.buckets.iter().map(|bucket| zeros(bucket.len)).collect();
-        Self {
+    pub fn new(table: &Table, layout: &Layout, tp: &Rc<Group>, dp: &Rc<Group>, options: GradientOptions) -> Self {
+        let mut buffers = Self {
             table: table.clone(),
             layout: layout.clone(),
-            views: views(table, layout, &flat),
-            flat,
+            options,
+            flat: layout.buckets.iter().map(|_| None).collect(),
             touched: vec![false; table.params.len()],
             tp: Rc::clone(tp),
             dp: Rc::clone(dp),
             sharded: layout.buckets.iter().any(|bucket| bucket.own.len() < bucket.len),
             last: false,
-            summed: Vec::new(),
+            started: 0,
+            summed: VecDeque::new(),
             under_way: VecDeque::new(),
+            peak: 0,
+        };
+        if !options.release {
+            (0..layout.buckets.len()).for_each(|bucket| _ = buffers.flat(bucket));
         }
+        buffers
     }
 
     /// Starts a step: what the buffers hold counts no more.
     pub fn begin(&mut self) {
         self.touched.fill(false);
         self.last = false;
-        assert!(self.num_started() == 0, "invariant: the previous step was finished");
+        assert!(self.summed.is_empty() && self.under_way.is_empty(), "invariant: the previous step was finished");
+        self.started = 0;
     }
 
     /// Says that the next backward is the last one of the step.
@@ -78,19 +107,43 @@ impl GradientBuffers {
     /// Starts the sums that are not yet under way. All ranks call it once a step, after their last micro-batch and before any
     /// other collective: ranks without work come here at once.
     pub fn start_all(&mut self) {
-        self.last = true;
-        while self.num_started() < self.layout.buckets.len() {
+        while self.start_one(0) {}
+    }
+
+    /// Starts the next sum if all its parameters belong to unit `unit` or later ones, whose backward is done; says whether it did.
+    ///
+    /// Who takes sums between the starts ([`Self::next_summed`]) must do so after the same starts on all ranks, with work or without.
+    pub fn start_one(&mut self, unit: usize) -> bool {
+        let ready = self.layout.buckets.get(self.started).is_some_and(|bucket| bucket.last_unit >= unit);
+        if ready {
             self.start_next();
         }
+        ready
     }
 
     /// Waits for all sums. All ranks call it once a step.
     pub fn finish(&mut self) -> Reduced {
         self.start_all();
-        let mut own = std::mem::take(&mut self.summed);
+        let mut own: Vec<Tensor> = std::mem::take(&mut self.summed).into();
         own.extend(self.under_way.drain(..).map(Pending::wait));
         let norm = self.norm(&own);
         Reduced { own, norm }
+    }
+
+    /// The oldest sum that has ended and its bucket, which is then free; with `all`, the oldest at all.
+    ///
+    /// All ranks call it at the same places of a step.
+    pub fn next_summed(&mut self, all: bool) -> Option<(usize, Tensor)> {
+        let bucket = self.started - self.summed.len() - self.under_way.len();
+        let sum = match self.summed.pop_front() {
+            Some(sum) => sum,
+            None if all => self.under_way.pop_front()?.wait(),
+            None => return None,
+        };
+        if self.options.release {
+            self.flat[bucket] = None;
+        }
+        Some((bucket, sum))
     }
 
     /// The first parameter, in the order of backward, whose gradient on this rank alone is not finite, by its Hugging Face name.
@@ -98,74 +151,119 @@ impl GradientBuffers {
         let params = self.layout.buckets.iter().flat_map(|bucket| &bucket.params).map(|(id, _)| *id);
         let mut order: Vec<ParamId> = params.collect();
         order.sort_by_key(|&id| std::cmp::Reverse(self.table.params[id].unit));
-        order.retain(|&id| self.touched[id]);
+        order.retain(|&id| self.touched[id] && self.flat[self.layout.places[id].0].is_some());
         let bad =
-            order.into_iter().find(|&id| !f64::try_from(self.views[id].sum(Kind::Double)).is_ok_and(f64::is_finite));
+            order.into_iter().find(|&id| !f64::try_from(self.view(id).sum(Kind::Double)).is_ok_and(f64::is_finite));
         bad.map(|id| self.table.params[id].pieces[0].name.clone())
     }
 
     /// The gradient of one parameter on this rank, before anything is summed. For tests and probes.
-    pub fn view(&self, param: ParamId) -> &Tensor {
-        &self.views[param]
+    pub fn view(&self, param: ParamId) -> Tensor {
+        let bucket = self.layout.places[param].0;
+        view(&self.table, &self.layout, param, self.flat[bucket].as_ref().expect("invariant: the bucket is there"))
     }
 
+    /// Bytes of the buffers, at most so far.
     pub fn bytes(&self) -> usize {
-        self.flat.iter().map(|flat| flat.numel() * 4).sum()
+        self.peak
+    }
+
+    /// The buffer of a bucket, made now if it is not there.
+    fn flat(&mut self, bucket: usize) -> &Tensor {
+        if self.flat[bucket].is_none() {
+            let GradientOptions { kind, device, .. } = self.options;
+            self.flat[bucket] = Some(Tensor::zeros([self.layout.buckets[bucket].len as i64], (kind, device)));
+            let held: usize = self.flat.iter().flatten().map(|flat| flat.numel() * kind.elt_size_in_bytes()).sum();
+            self.peak = self.peak.max(held);
+        }
+        self.flat[bucket].as_ref().expect("invariant: just made")
+    }
+
+    /// A parameter's place in its bucket.
+    fn target(&mut self, param: ParamId) -> Tensor {
+        let flat = self.flat(self.layout.places[param].0).shallow_clone();
+        view(&self.table, &self.layout, param, &flat)
     }
 
     /// Finishes the sums over TP of the next bucket and starts its sum over DP.
     fn start_next(&mut self) {
-        let index = self.num_started();
+        let index = self.started;
         if self.under_way.len() == MAX_UNDER_WAY {
             // every rank waits here for the same bucket, after having started it
             self.summed.extend(self.under_way.pop_front().map(Pending::wait));
         }
-        let bucket = &self.layout.buckets[index];
-        for (id, _) in &bucket.params {
-            if !self.touched[*id] {
-                let _ = self.views[*id].zero_();
-                self.touched[*id] = true;
+        for (id, _) in self.layout.buckets[index].params.clone() {
+            if !self.touched[id] {
+                let _ = self.target(id).zero_();
+                self.touched[id] = true;
             }
         }
-        let flat = &self.flat[index];
+        let flat = self.flat(index).shallow_clone();
+        let bucket = &self.layout.buckets[index];
         let partial = bucket.class(&self.table, Class::PartialVector);
         if !partial.is_empty() {
             let mut partial = flat.narrow(0, partial.start as i64, partial.len() as i64);
             self.tp.all_reduce(&mut partial, Reduce::Sum);
         }
+        let sent = if self.dp.size() > 1 { flat.to_kind(self.options.reduce) } else { flat };
         let pending = if self.sharded {
             // the sum takes the place of this rank's own share of it
-            self.dp.reduce_scatter_into(flat, flat.narrow(0, bucket.own.start as i64, bucket.own.len() as i64))
+            self.dp.reduce_scatter_into(&sent, sent.narrow(0, bucket.own.start as i64, bucket.own.len() as i64))
         } else {
-            let mut sum = flat.shallow_clone();
+            let mut sum = sent;
             self.dp.all_reduce(&mut sum, Reduce::Sum);
             Pending::done(sum)
         };
         self.under_way.push_back(pending);
-    }
-
-    fn num_started(&self) -> usize {
-        self.summed.len() + self.under_way.len()
+        self.started += 1;
+        if self.dp.size() == 1 {
+            self.summed.extend(self.under_way.pop_front().map(Pending::wait));
+        }
     }
 
     /// Sum of squares over what each rank owns; what is the same on all tensor-parallel ranks is counted by the first.
-    fn norm(&self, own: &[Tensor]) -> f64 {
-        let mut total = 0.0;
+    fn norm(&self, own: &[Tensor]) -> Tensor {
+        let mut total = Tensor::zeros([1], (Kind::Double, self.options.device));
         for (bucket, own) in self.layout.buckets.iter().zip(own) {
             for class in [Class::Matrix, Class::Bias, Class::PartialVector, Class::Vector] {
-                let replicated = matches!(class, Class::PartialVector | Class::Vector);
                 let range = bucket.owned(&bucket.class(&self.table, class));
-                if !range.is_empty() && (!replicated || self.tp.is_first()) {
+                if !range.is_empty() && self.counts(class) {
                     total += sum_of_squares(&own.narrow(0, range.start as i64, range.len() as i64));
                 }
             }
         }
-        let mut total = [total];
-        self.tp.all_reduce_f64(&mut total, Reduce::Sum);
-        if self.sharded {
-            self.dp.all_reduce_f64(&mut total, Reduce::Sum);
+        self.sum_over_owners(&mut total);
+        total.sqrt_().squeeze_dim(0)
+    }
+
+    /// The square of the L2 norm of each unit with parameters in a bucket, from this rank's part of its sum: the units, and
+    /// `[units]` f64 on the device. All ranks call it.
+    pub fn unit_norms(&self, bucket: usize, own: &Tensor) -> (Vec<usize>, Tensor) {
+        let bucket: &Bucket = &self.layout.buckets[bucket];
+        let segments = bucket.segments(&self.table);
+        let mut units: Vec<usize> = segments.iter().map(|segment| segment.unit).collect();
+        units.sort_unstable();
+        units.dedup();
+        let mut squares = Tensor::zeros([units.len() as i64], (Kind::Double, self.options.device));
+        for segment in segments.iter().filter(|segment| !segment.own.is_empty() && self.counts(segment.class)) {
+            let at = units.iter().position(|&unit| unit == segment.unit).expect("invariant: collected above");
+            let part = own.narrow(0, segment.own.start as i64, segment.own.len() as i64);
+            let _ = squares.narrow(0, at as i64, 1).g_add_(&sum_of_squares(&part));
         }
-        total[0].sqrt()
+        self.sum_over_owners(&mut squares);
+        (units, squares)
+    }
+
+    /// Whether this rank counts a class in a norm over the whole model.
+    fn counts(&self, class: Class) -> bool {
+        !matches!(class, Class::PartialVector | Class::Vector) || self.tp.is_first()
+    }
+
+    fn sum_over_owners(&self, total: &mut Tensor) {
+        self.tp.all_reduce(total, Reduce::Sum);
+        if self.sharded {
+            self.dp.all_reduce(total, Reduce::Sum);
+        }
     }
 
     /// Whether this is the first contribution to a parameter in this step; from now on it is not.
@@ -174,41 +272,56 @@ impl GradientBuffers {
     }
 }
 
+/// One parameter's place in a buffer of its bucket.
+fn view(table: &Table, layout: &Layout, param: ParamId, flat: &Tensor) -> Tensor {
+    let (_, start) = layout.places[param];
+    let param = &table.params[param];
+    flat.narrow(0, start as i64, param.num_elements()).view(param.shape.as_slice())
+}
+
 impl Gradients for GradientBuffers {
     fn product(&mut self, param: ParamId, dy: &Tensor, x: &Tensor) {
         let first = self.first(param);
-        let target = &mut self.views[param];
+        let mut target = self.target(param);
         let dy = dy.tr();
-        match (x.kind() == Kind::Float, first) {
-            (true, true) => _ = dy.mm_out(target, x),
+        match (x.kind() == target.kind(), first) {
+            (true, true) => _ = dy.mm_out(&target, x),
             (true, false) => _ = target.addmm_(&dy, x),
+            // a GPU's product leaves its f32 sums unrounded
+            (false, true) if x.device() != Device::Cpu => _ = dy.mm_dtype_out(&target, x, target.kind()),
+            (false, false) if x.device() != Device::Cpu => _ = target.g_add_(&dy.mm_dtype(x, target.kind())),
             (false, true) => target.copy_(&dy.mm(x)),
             (false, false) => _ = target.g_add_(&dy.mm(x)),
         }
     }
 
     fn vector(&mut self, param: ParamId, grad: &Tensor) {
-        if self.first(param) {
-            self.views[param].copy_(grad);
+        let first = self.first(param);
+        let mut target = self.target(param);
+        if first {
+            target.copy_(grad);
         } else {
-            let _ = self.views[param].g_add_(grad);
+            let _ = target.g_add_(&grad.to_kind(target.kind()));
         }
     }
 
     fn rows(&mut self, param: ParamId, rows: &Tensor, grad: &Tensor) {
-        if self.first(param) {
-            let _ = self.views[param].zero_();
+        let first = self.first(param);
+        let mut target = self.target(param);
+        if first {
+            let _ = target.zero_();
         }
-        let _ = self.views[param].index_add_(0, rows, &grad.to_kind(Kind::Float));
+        let grad = grad.to_kind(target.kind());
+        if target.device() == Device::Cpu {
+            let _ = target.index_add_(0, rows, &grad);
+        } else {
+            // sorts the indices first: the order of additions, and so the result, is always the same
+            let _ = target.index_put_(&[Some(rows)], &grad, true);
+        }
     }
 
     fn complete(&mut self, unit: usize) {
         self.dp.progress();
-        if !self.last {
-            return;
-        }
-        while self.layout.buckets.get(self.num_started()).is_some_and(|bucket| bucket.last_unit >= unit) {
-            self.start_next();
-        }
+        while self.last && self.start_one(unit) {}
     }
 }

@@ -57,7 +57,27 @@ impl Layout {
     }
 }
 
+/// Neighbouring parameters of one class and one unit inside a bucket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    pub class: Class,
+    pub unit: usize,
+    /// The part that this rank owns, counted from the start of its own part of the bucket; may be empty.
+    pub own: Range<usize>,
+}
+
 impl Bucket {
+    /// The bucket cut by class and unit, in buffer order: the same cuts on all ranks, with this rank's part of each.
+    pub fn segments(&self, table: &Table) -> Vec<Segment> {
+        let of = |id: ParamId| (table.params[id].class, table.params[id].unit);
+        let runs = self.params.chunk_by(|(a, _), (b, _)| of(*a) == of(*b));
+        runs.map(|run| {
+            let (class, unit) = of(run[0].0);
+            Segment { class, unit, own: self.owned(&(run[0].1.start..run[run.len() - 1].1.end)) }
+        })
+        .collect()
+    }
+
     /// Elements of the parameters of one class, and the padding between them; they are consecutive.
     pub fn class(&self, table: &Table, class: Class) -> Range<usize> {
         let mut of_class =

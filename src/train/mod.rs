@@ -12,10 +12,18 @@ mod schedule;
 mod step;
 
 pub use batches::{Batches, StepWork};
-pub use gradients::{GradientBuffers, Reduced};
-pub use layout::{Bucket, Layout};
+pub use gradients::{GradientBuffers, GradientOptions, Reduced};
+pub use layout::{Bucket, Layout, Segment};
 pub use objective::{Objective, Term, Tokens, Totals};
-pub use optimizer::Optimizer;
+pub use optimizer::{Optimizer, Update};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
-pub use step::{Losses, Method, NonFinite, Reference, Retain, StepReport, Trainer, TrainerOptions};
+pub use step::{Launched, Losses, Method, NonFinite, Reference, Retain, StepReport, Trainer, TrainerOptions};
+
+/// The kind of tensor that a configuration names.
+pub fn kind(float: crate::config::Float) -> tch::Kind {
+    match float {
+        crate::config::Float::F32 => tch::Kind::Float,
+        crate::config::Float::Bf16 => tch::Kind::BFloat16,
+    }
+}

@@ -30,8 +30,8 @@ pub struct Term {
     pub loss: Tensor,
     /// `[tokens]`: its derivative by each log-probability.
     pub weight: Tensor,
-    /// Parts of [`Objective::numbers`], in that order; they add up over the step as the loss does.
-    pub numbers: Vec<f64>,
+    /// Parts of [`Objective::numbers`], in that order, one number each; they add up over the step as the loss does.
+    pub numbers: Vec<Tensor>,
 }
 
 /// A loss over log-probabilities. It knows neither ranks nor micro-batches beyond [`Tokens::totals`].

@@ -1,20 +1,23 @@
 //! AdamW and SGD on the part of the parameters that this rank owns.
 
-use tch::{Device, Kind, Tensor};
+use std::ops::Range;
+
+use tch::Tensor;
 
 use super::parameters::Parameters;
-use crate::abi::dispatcher::{self, AdamW};
 use crate::config;
+use crate::kernels::moment::{Codes, Moment, Storage};
+use crate::kernels::optimizer::{self as kernel, AdamW, Extras, Sgd};
 use crate::model::sharding::{Class, Table};
 
 /// An update rule with its state.
 pub struct Optimizer {
     rule: Rule,
     weight_decay: f64,
-    /// Steps taken.
+    /// Steps taken, the one under way included.
     steps: usize,
-    /// One entry a bucket.
-    state: Vec<State>,
+    /// For each bucket its segments that this rank owns a part of.
+    state: Vec<Vec<Segment>>,
 }
 
 enum Rule {
@@ -22,15 +25,37 @@ enum Rule {
     Sgd { momentum: f64 },
 }
 
-/// f32, of the size of this rank's own part of the bucket.
+/// Neighbouring parameters of one class and one unit.
+struct Segment {
+    class: Class,
+    unit: usize,
+    /// Elements of this rank's own part of the bucket.
+    own: Range<usize>,
+    state: State,
+}
+
+/// Of the size of the segment.
 enum State {
-    Moments { first: Tensor, second: Tensor },
-    Velocity(Tensor),
+    Moments {
+        first: Moment,
+        second: Moment,
+    },
+    /// f32.
+    Velocity(Moment),
     Nothing,
 }
 
+/// What all segments of a step have in common.
+pub struct Update<'a> {
+    pub lr: f64,
+    /// Factor of the gradients of a unit: `[1]` f32 on the device.
+    pub scale: &'a dyn Fn(usize) -> Tensor,
+    /// `[1]` f32 on the device: 1 where nothing may change any more.
+    pub skip: &'a Tensor,
+}
+
 impl Optimizer {
-    pub fn new(config: &config::Optimizer, parameters: &Parameters) -> Self {
+    pub fn new(config: &config::Optimizer, table: &Table, parameters: &Parameters) -> Self {
         let rule = match config.name {
             config::OptimizerName::Adamw => Rule::AdamW {
                 betas: config.betas.unwrap_or(config::Optimizer::BETAS),
@@ -40,99 +65,76 @@ impl Optimizer {
                 Rule::Sgd { momentum: config.momentum.unwrap_or(config::Optimizer::MOMENTUM) }
             }
         };
-        let state: Vec<State> = parameters
-            .masters
-            .iter()
-            .map(|master| match rule {
-                Rule::AdamW { .. } => State::Moments { first: master.zeros_like(), second: master.zeros_like() },
-                Rule::Sgd { momentum } if momentum > 0.0 => State::Velocity(master.zeros_like()),
-                Rule::Sgd { .. } => State::Nothing,
-            })
-            .collect();
-        Self { rule, weight_decay: config.weight_decay, steps: 0, state }
+        let storage = match config.state_dtype.unwrap_or_default() {
+            config::StateDtype::F32 => Storage::F32,
+            config::StateDtype::Bf16 => Storage::Bf16,
+            config::StateDtype::Int8 => Storage::Block8,
+        };
+        let state = parameters.layout.buckets.iter().zip(&parameters.masters).map(|(bucket, master)| {
+            let segments = bucket.segments(table).into_iter().filter(|segment| !segment.own.is_empty());
+            let with_state = segments.map(|segment| {
+                let zeros = |storage, codes| Moment::zeros(storage, codes, segment.own.len() as i64, master.device());
+                let state = match rule {
+                    Rule::AdamW { .. } => {
+                        State::Moments { first: zeros(storage, Codes::Signed), second: zeros(storage, Codes::Unsigned) }
+                    }
+                    Rule::Sgd { momentum } if momentum > 0.0 => State::Velocity(zeros(Storage::F32, Codes::Signed)),
+                    Rule::Sgd { .. } => State::Nothing,
+                };
+                Segment { class: segment.class, unit: segment.unit, own: segment.own, state }
+            });
+            with_state.collect()
+        });
+        Self { state: state.collect(), rule, weight_decay: config.weight_decay, steps: 0 }
     }
 
-    /// One step: masters move by the gradients times `scale`; the weights of the model follow when they are published.
-    ///
-    /// Weight decay is decoupled and for matrices only: `w *= 1 - lr * weight_decay` before the update.
-    pub fn step(&mut self, table: &Table, parameters: &mut Parameters, grads: &[Tensor], scale: f64, lr: f64) {
+    /// Begins a step.
+    pub fn begin(&mut self) {
         self.steps += 1;
-        let decays =
-            [(Class::Matrix, self.weight_decay), (Class::Bias, 0.0), (Class::PartialVector, 0.0), (Class::Vector, 0.0)];
-        for (class, weight_decay) in decays {
-            match self.rule {
-                Rule::AdamW { betas, eps } => {
-                    let adamw = AdamW { lr, beta1: betas[0], beta2: betas[1], weight_decay, eps };
-                    self.adamw(table, parameters, grads, scale, class, adamw);
+    }
+
+    /// Moves the masters of one bucket by its gradients, and this rank's own part of the model's weights with them; the other
+    /// parts follow with [`Parameters::gather`].
+    ///
+    /// `grad`: this rank's own part of the bucket. Weight decay is decoupled and for matrices only:
+    /// `w *= 1 - lr * weight_decay` before the update.
+    pub fn update(&mut self, parameters: &Parameters, bucket: usize, grad: &Tensor, update: &Update) {
+        for segment in &mut self.state[bucket] {
+            let part = |t: &Tensor| t.narrow(0, segment.own.start as i64, segment.own.len() as i64);
+            let (mut master, grad) = (part(&parameters.masters[bucket]), part(grad));
+            let weight_decay = if segment.class == Class::Matrix { self.weight_decay } else { 0.0 };
+            let scale = (update.scale)(segment.unit);
+            let mut copy = parameters.rounded(bucket).map(|own| part(&own));
+            let extras = Extras { scale: Some(&scale), skip: Some(update.skip), copy: copy.as_mut() };
+            match (&self.rule, &mut segment.state) {
+                (Rule::AdamW { betas: [beta1, beta2], eps }, State::Moments { first, second }) => {
+                    let (beta1, beta2, eps, step) = (*beta1, *beta2, *eps, self.steps as i64);
+                    let numbers = AdamW { lr: update.lr, beta1, beta2, eps, weight_decay, step };
+                    kernel::adamw(&mut master, &grad, first, second, &numbers, extras);
                 }
-                Rule::Sgd { momentum } => {
-                    self.sgd(table, parameters, grads, scale, class, [lr, weight_decay, momentum])
+                (Rule::Sgd { momentum }, state) => {
+                    if weight_decay > 0.0 {
+                        let keep = 1.0 - update.skip;
+                        let _ = master.g_mul_(&(1.0 - keep * (update.lr * weight_decay)));
+                    }
+                    let velocity = match state {
+                        State::Velocity(velocity) => Some(velocity),
+                        _ => None,
+                    };
+                    let numbers = Sgd { lr: update.lr, momentum: *momentum, weight_decay: 0.0 };
+                    kernel::sgd(&mut master, &grad, velocity, &numbers, extras);
                 }
+                _ => unreachable!("invariant: the state belongs to the rule"),
             }
         }
     }
 
     pub fn bytes(&self) -> usize {
-        let size = |t: &Tensor| t.numel() * 4;
-        let each = |state: &State| match state {
-            State::Moments { first, second } => size(first) + size(second),
-            State::Velocity(velocity) => size(velocity),
+        let each = |segment: &Segment| match &segment.state {
+            State::Moments { first, second } => first.bytes() + second.bytes(),
+            State::Velocity(velocity) => velocity.bytes(),
             State::Nothing => 0,
         };
-        self.state.iter().map(each).sum()
-    }
-
-    /// All buckets' segments of one class in one fused call.
-    fn adamw(&self, table: &Table, parameters: &Parameters, grads: &[Tensor], scale: f64, class: Class, adamw: AdamW) {
-        let (mut params, mut gradients, mut firsts, mut seconds) = (vec![], vec![], vec![], vec![]);
-        for (index, bucket) in parameters.layout.buckets.iter().enumerate() {
-            let range = bucket.owned(&bucket.class(table, class));
-            let State::Moments { first, second } = &self.state[index] else {
-                continue;
-            };
-            if !range.is_empty() {
-                let part = |t: &Tensor| t.narrow(0, range.start as i64, range.len() as i64);
-                params.push(part(&parameters.masters[index]));
-                gradients.push(part(&grads[index]));
-                firsts.push(part(first));
-                seconds.push(part(second));
-            }
-        }
-        if params.is_empty() {
-            return;
-        }
-        let options = (Kind::Float, Device::Cpu);
-        let step = Tensor::full([], self.steps as f64, options).to_device(params[0].device());
-        let steps: Vec<Tensor> = params.iter().map(|_| step.shallow_clone()).collect();
-        let divisor = (scale != 1.0).then(|| Tensor::full([], 1.0 / scale, options).to_device(params[0].device()));
-        dispatcher::fused_adamw(&params, &gradients, &firsts, &seconds, &steps, divisor.as_ref(), adamw);
-    }
-
-    fn sgd(
-        &self,
-        table: &Table,
-        parameters: &Parameters,
-        grads: &[Tensor],
-        scale: f64,
-        class: Class,
-        [lr, weight_decay, momentum]: [f64; 3],
-    ) {
-        for (index, bucket) in parameters.layout.buckets.iter().enumerate() {
-            let range = bucket.owned(&bucket.class(table, class));
-            if range.is_empty() {
-                continue;
-            }
-            let part = |t: &Tensor| t.narrow(0, range.start as i64, range.len() as i64);
-            let mut master = part(&parameters.masters[index]);
-            let mut update = part(&grads[index]) * scale;
-            if let State::Velocity(velocity) = &self.state[index] {
-                let mut velocity = part(velocity);
-                let _ = velocity.g_mul_scalar_(momentum);
-                let _ = velocity.g_add_(&update);
-                update = velocity;
-            }
-            let _ = master.g_mul_scalar_(1.0 - lr * weight_decay);
-            let _ = master.g_add_(&(update * -lr));
-        }
+        self.state.iter().flatten().map(each).sum()
     }
 }

@@ -8,12 +8,15 @@ use thiserror::Error;
 use super::batches::StepWork;
 use super::gradients::GradientBuffers;
 use super::objective::{Objective, Tokens};
-use super::optimizer::Optimizer;
+use super::optimizer::{Optimizer, Update};
 use super::parameters::Parameters;
 use super::schedule::Schedule;
+use crate::abi::slices::slice;
+use crate::abi::upload::upload;
 use crate::data::{MicroBatch, Stream};
 use crate::dist::{Reduce, World};
 use crate::kernels::reduce::sum_of_squares;
+use crate::model::sharding::ParamId;
 use crate::model::{Decoder, Gradients, Keep, ReferenceHead, Rows};
 use crate::telemetry::Part;
 
@@ -52,6 +55,9 @@ pub struct TrainerOptions {
     pub logits_bytes: f64,
     /// 0 turns clipping off.
     pub max_grad_norm: f64,
+    /// Step each bucket as soon as its sum is there, while backward still runs, and free it. The norm of the whole gradient is not
+    /// known then: each half block is clipped by its own.
+    pub in_backward: bool,
 }
 
 /// Model, optimizer and method of one rank.
@@ -63,6 +69,19 @@ pub struct Trainer {
     pub schedule: Schedule,
     pub method: Method,
     pub options: TrainerOptions,
+    /// `[1]` f32 on the device: 1 once a loss or gradient was no number. From then on nothing changes any more, whenever the host
+    /// comes to know.
+    pub broken: Tensor,
+}
+
+/// A step that was started; its numbers may still be on their way.
+#[must_use = "the numbers of a step say whether the run can go on"]
+pub struct Launched {
+    step: usize,
+    lr: f64,
+    start: Instant,
+    /// Forget loss, retain loss, the objective's numbers, gradient norm: f64 on the device.
+    numbers: Tensor,
 }
 
 /// What one step did; the same on every rank.
@@ -96,10 +115,15 @@ pub struct NonFinite {
 }
 
 impl Trainer {
+    /// [`Trainer::broken`] of a run that begins.
+    pub fn whole(device: tch::Device) -> Tensor {
+        Tensor::zeros([1], (Kind::Float, device))
+    }
+
     /// One optimizer step. All ranks call it with the same step and their own share of its work.
     ///
     /// # Errors
-    /// On every rank when a loss or gradient on any rank is not finite, before anything is changed.
+    /// On every rank when a loss or gradient on any rank is not finite; the weights are then what they were before.
     pub fn step(
         &mut self,
         step: usize,
@@ -107,23 +131,75 @@ impl Trainer {
         reference: Option<&dyn Reference>,
         world: &World,
     ) -> Result<StepReport, NonFinite> {
+        let launched = self.launch(step, work, reference, world);
+        self.read(launched, work, reference, world)
+    }
+
+    /// Starts a step. On a GPU it returns while the device still works; nothing here waits for it.
+    pub fn launch(
+        &mut self,
+        step: usize,
+        work: &StepWork,
+        reference: Option<&dyn Reference>,
+        world: &World,
+    ) -> Launched {
         let start = Instant::now();
-        let (losses, numbers) = self.accumulate(work, reference, world);
-        let reduced = self.gradients.finish();
-        let norm = reduced.norm;
+        let lr = self.schedule.lr(step);
+        self.optimizer.begin();
+        let mut early = Early { lr, squares: Vec::new() };
+        let sums = self.accumulate_with(work, reference, world, self.options.in_backward.then_some(&mut early));
+        let norm = if self.options.in_backward {
+            let Self { decoder, parameters, gradients, optimizer, options, broken, .. } = self;
+            decoder.clock.time(Part::Optimizer, || {
+                early.take(parameters, gradients, optimizer, options, broken, world, true);
+            });
+            early.squares.iter().fold(sums.new_zeros([1], (Kind::Double, sums.device())), |a, b| a + b).sqrt()
+        } else {
+            let reduced = self.gradients.finish();
+            let Self { decoder, parameters, optimizer, options, broken, .. } = self;
+            decoder.clock.time(Part::Optimizer, || {
+                let norm = reduced.norm.view([1]);
+                note_broken(broken, &(sums.sum(Kind::Double) + &norm));
+                let scale = clip(&norm, options.max_grad_norm);
+                let update = Update { lr, scale: &|_| scale.shallow_clone(), skip: broken };
+                for (bucket, grad) in reduced.own.iter().enumerate() {
+                    optimizer.update(parameters, bucket, grad, &update);
+                }
+                for bucket in (0..parameters.layout.buckets.len()).rev() {
+                    parameters.gather(bucket, &world.dp);
+                }
+                norm
+            })
+        };
+        Launched { step, lr, start, numbers: Tensor::cat(&[sums, norm], 0) }
+    }
+
+    /// Waits for the numbers of a step. All ranks call it in the order of their steps, with what the step was started with.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn read(
+        &mut self,
+        launched: Launched,
+        work: &StepWork,
+        reference: Option<&dyn Reference>,
+        world: &World,
+    ) -> Result<StepReport, NonFinite> {
+        let Launched { step, lr, start, numbers } = launched;
+        let on_host = world.watchdog.watch_device(step + 1, || numbers.to_device(tch::Device::Cpu));
+        let all = slice::<f64>(&on_host);
+        let (losses, norm) = (self.losses(all), all[all.len() - 1]);
         if !(losses.total.is_finite() && norm.is_finite()) {
             return Err(self.explain(step, losses, norm, work, reference, world));
         }
-        let max = self.options.max_grad_norm;
-        let scale = if max > 0.0 { (max / (norm + 1e-6)).min(1.0) } else { 1.0 };
-        let lr = self.schedule.lr(step);
-        self.decoder.clock.time(Part::Optimizer, || {
-            self.optimizer.step(&self.decoder.table, &mut self.parameters, &reduced.own, scale, lr);
-            for bucket in (0..self.parameters.layout.buckets.len()).rev() {
-                self.parameters.publish(bucket, &world.dp);
-            }
-        });
+        let numbers = all[2..all.len() - 1].to_vec();
         Ok(StepReport { losses, numbers, grad_norm: norm, lr, seconds: start.elapsed().as_secs_f64() })
+    }
+
+    fn losses(&self, sums: &[f64]) -> Losses {
+        let Method { forget_weight, retain_weight, .. } = self.method;
+        let total = forget_weight * sums[0] + retain_weight * sums[1];
+        Losses { total, forget: sums[0], retain: sums[1] }
     }
 
     /// Forward and backward of all micro-batches; gives the losses and the objective's numbers of the whole step.
@@ -133,33 +209,64 @@ impl Trainer {
         reference: Option<&dyn Reference>,
         world: &World,
     ) -> (Losses, Vec<f64>) {
-        self.gradients.begin();
-        let mut sums = vec![0.0; 2 + self.method.forget.numbers().len()];
-        for (index, micro_batch) in work.micro_batches.iter().enumerate() {
-            if index + 1 == work.micro_batches.len() {
-                self.gradients.last_micro_batch();
-            }
-            let parts = self.micro_batch(micro_batch, work, reference);
-            for (sum, part) in sums.iter_mut().zip(parts.losses.into_iter().chain(parts.numbers)) {
-                *sum += part;
-            }
-        }
-        self.gradients.start_all();
-        world.dp.all_reduce_f64(&mut sums, Reduce::Sum);
-        let Method { forget_weight, retain_weight, .. } = self.method;
-        let total = forget_weight * sums[0] + retain_weight * sums[1];
-        (Losses { total, forget: sums[0], retain: sums[1] }, sums.split_off(2))
+        let sums = self.accumulate_with(work, reference, world, None).to_device(tch::Device::Cpu);
+        let sums = slice::<f64>(&sums);
+        (self.losses(sums), sums[2..].to_vec())
     }
 
-    /// One micro-batch: forward, pass 1 of the head, weights from the objectives, pass 2, backward.
-    fn micro_batch(&mut self, micro_batch: &MicroBatch, work: &StepWork, reference: Option<&dyn Reference>) -> Parts {
-        let Self { decoder, parameters, gradients, method, options, .. } = self;
+    /// As [`Self::accumulate`]; the numbers stay on the device, f64. With `early`, buckets are stepped as they become complete.
+    fn accumulate_with(
+        &mut self,
+        work: &StepWork,
+        reference: Option<&dyn Reference>,
+        world: &World,
+        mut early: Option<&mut Early>,
+    ) -> Tensor {
+        self.gradients.begin();
+        let len = 2 + self.method.forget.numbers().len();
+        let mut sums = Tensor::zeros([len as i64], (Kind::Double, self.decoder.device));
+        for (index, micro_batch) in work.micro_batches.iter().enumerate() {
+            let last = index + 1 == work.micro_batches.len();
+            if last {
+                self.gradients.last_micro_batch();
+            }
+            let early = early.as_deref_mut().filter(|_| last);
+            for (at, part) in self.micro_batch(micro_batch, work, reference, world, early).into_iter().enumerate() {
+                let _ = sums.narrow(0, at as i64, 1).g_add_(&part);
+            }
+        }
+        match early {
+            Some(early) => {
+                let Self { parameters, gradients, optimizer, options, broken, .. } = self;
+                while gradients.start_one(0) {
+                    early.take(parameters, gradients, optimizer, options, broken, world, false);
+                }
+            }
+            None => self.gradients.start_all(),
+        }
+        world.dp.all_reduce(&mut sums, Reduce::Sum);
+        sums
+    }
+
+    /// One micro-batch: forward, pass 1 of the head, weights from the objectives, pass 2, backward. Gives its parts of the losses
+    /// and of the objective's numbers.
+    fn micro_batch(
+        &mut self,
+        micro_batch: &MicroBatch,
+        work: &StepWork,
+        reference: Option<&dyn Reference>,
+        world: &World,
+        early: Option<&mut Early>,
+    ) -> Vec<Tensor> {
+        let Self { decoder, parameters, gradients, optimizer, method, options, broken, .. } = self;
         let (weights, device) = (&parameters.weights, decoder.device);
         let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
         let (hidden, tape) = decoder.forward(weights, &batch, options.keep);
-        let positions = Tensor::from_slice(&micro_batch.positions).to_device(device);
+        let positions = upload(&micro_batch.positions, device);
         let mut d_hidden = hidden.zeros_like();
-        let mut told = Parts::default();
+        let zero = || Tensor::zeros([], (Kind::Double, device));
+        let mut told = vec![zero(), zero()];
+        let mut sink = Walk { gradients, early, optimizer, parameters, options, broken, world };
         decoder.clock.time(Part::Head, || {
             let (labelled, divergent) = match method.retain {
                 Retain::Divergence => {
@@ -170,11 +277,11 @@ impl Trainer {
             if labelled > 0 {
                 let at = positions.narrow(0, 0, labelled);
                 let rows = decoder.rows(weights, &hidden, &at, options.logits_bytes);
-                let targets = Tensor::from_slice(&micro_batch.targets[..labelled as usize]).to_device(device);
+                let targets = upload(&micro_batch.targets[..labelled as usize], device);
                 let scores = decoder.scores(weights, &rows, &targets, true);
                 let (parts, weight) = likelihood(method, micro_batch, work, &scores.logprob, reference);
                 told = parts;
-                let grad = decoder.scores_backward(weights, &rows, scores, &weight, gradients);
+                let grad = decoder.scores_backward(weights, &rows, scores, &weight, &mut sink);
                 let _ = d_hidden.index_copy_(0, &at, &grad);
             }
             if let Some(range) = divergent.filter(|range| !range.is_empty()) {
@@ -182,14 +289,14 @@ impl Trainer {
                 let at = positions.narrow(0, range.start as i64, range.len() as i64);
                 let rows = decoder.rows(weights, &hidden, &at, options.logits_bytes);
                 let factor = method.retain_weight / work.retain.tokens;
-                let (kl, grad) = divergence(decoder, weights, &rows, micro_batch, reference, factor, gradients);
-                told.losses[1] = kl / work.retain.tokens;
+                let (kl, grad) = divergence(decoder, weights, &rows, micro_batch, reference, factor, &mut sink);
+                told[1] = kl / work.retain.tokens;
                 let _ = d_hidden.index_copy_(0, &at, &grad);
             }
         });
         drop(hidden);
-        gradients.complete(decoder.table.num_units() - 1);
-        decoder.backward(weights, &batch, tape, d_hidden, gradients);
+        sink.complete(decoder.table.num_units() - 1);
+        decoder.backward(weights, &batch, tape, d_hidden, &mut sink);
         told
     }
 
@@ -198,7 +305,8 @@ impl Trainer {
     /// # Errors
     /// On every rank when a weight on any rank is not finite. All ranks call it.
     pub fn check_weights(&self, steps: usize, world: &World) -> Result<(), NonFinite> {
-        let bad = self.parameters.masters.iter().any(|own| !sum_of_squares(own).is_finite());
+        let finite = |own: &Tensor| sum_of_squares(own).double_value(&[0]).is_finite();
+        let bad = !self.parameters.masters.iter().all(finite);
         let mut ranks = [f64::from(u8::from(bad))];
         world.world.all_reduce_f64(&mut ranks, Reduce::Sum);
         if ranks[0] == 0.0 {
@@ -221,7 +329,7 @@ impl Trainer {
     ) -> NonFinite {
         self.gradients.begin();
         for micro_batch in &work.micro_batches {
-            self.micro_batch(micro_batch, work, reference);
+            let _ = self.micro_batch(micro_batch, work, reference, world, None);
         }
         let mine = self.gradients.find_non_finite().unwrap_or_default();
         let found = world.world.gather_bytes(mine.as_bytes());
@@ -237,13 +345,88 @@ impl Trainer {
     }
 }
 
-/// One micro-batch's parts of what a step tells.
-#[derive(Default)]
-struct Parts {
-    /// Of the forget and the retain loss.
-    losses: [f64; 2],
-    /// Of the forget objective's numbers; empty without forget samples.
-    numbers: Vec<f64>,
+/// Steps buckets while backward still runs.
+struct Early {
+    lr: f64,
+    /// Squared norms of the buckets so far.
+    squares: Vec<Tensor>,
+}
+
+impl Early {
+    /// Steps the buckets whose sums have ended (with `all`, those under way too), publishes and frees them.
+    #[expect(clippy::too_many_arguments, reason = "the parts of a trainer that are not lent out")]
+    fn take(
+        &mut self,
+        parameters: &Parameters,
+        gradients: &mut GradientBuffers,
+        optimizer: &mut Optimizer,
+        options: &TrainerOptions,
+        broken: &mut Tensor,
+        world: &World,
+        all: bool,
+    ) {
+        while let Some((bucket, grad)) = gradients.next_summed(all) {
+            let (units, squares) = gradients.unit_norms(bucket, &grad);
+            self.squares.push(squares.sum(Kind::Double).view([1]));
+            note_broken(broken, &squares.sum(Kind::Double));
+            let scales = clip(&squares.sqrt(), options.max_grad_norm);
+            let scale = |unit: usize| {
+                let at = units.iter().position(|&other| other == unit).expect("invariant: units of the bucket");
+                scales.narrow(0, at as i64, 1)
+            };
+            optimizer.update(parameters, bucket, &grad, &Update { lr: self.lr, scale: &scale, skip: broken });
+            parameters.gather(bucket, &world.dp);
+        }
+    }
+}
+
+/// Takes the gradients of a walk and, where buckets are stepped early, steps them.
+struct Walk<'a> {
+    gradients: &'a mut GradientBuffers,
+    early: Option<&'a mut Early>,
+    optimizer: &'a mut Optimizer,
+    parameters: &'a Parameters,
+    options: &'a TrainerOptions,
+    broken: &'a mut Tensor,
+    world: &'a World,
+}
+
+impl Gradients for Walk<'_> {
+    fn product(&mut self, param: ParamId, dy: &Tensor, x: &Tensor) {
+        self.gradients.product(param, dy, x);
+    }
+
+    fn vector(&mut self, param: ParamId, grad: &Tensor) {
+        self.gradients.vector(param, grad);
+    }
+
+    fn rows(&mut self, param: ParamId, rows: &Tensor, grad: &Tensor) {
+        self.gradients.rows(param, rows, grad);
+    }
+
+    fn complete(&mut self, unit: usize) {
+        let Self { gradients, early, optimizer, parameters, options, broken, world } = self;
+        let Some(early) = early else { return gradients.complete(unit) };
+        world.dp.progress();
+        while gradients.start_one(unit) {
+            early.take(parameters, gradients, optimizer, options, broken, world, false);
+        }
+    }
+}
+
+/// Factor that brings a norm down to `max`, 1 where it is shorter or `max` is 0: f32, of the shape of `norm`.
+fn clip(norm: &Tensor, max: f64) -> Tensor {
+    if max > 0.0 {
+        ((norm + 1e-6).reciprocal() * max).clamp_max(1.0).to_kind(Kind::Float)
+    } else {
+        norm.ones_like().to_kind(Kind::Float)
+    }
+}
+
+/// Sets the mark when `number` is none.
+fn note_broken(broken: &mut Tensor, number: &Tensor) {
+    let bad = number.isfinite().logical_not().to_kind(Kind::Float).view([1]);
+    broken.copy_(&broken.maximum(&bad));
 }
 
 /// Losses and per-row weights of the likelihood terms of one micro-batch.
@@ -253,9 +436,10 @@ fn likelihood(
     work: &StepWork,
     logprob: &Tensor,
     reference: Option<&dyn Reference>,
-) -> (Parts, Tensor) {
+) -> (Vec<Tensor>, Tensor) {
     let weight = logprob.zeros_like();
-    let mut told = Parts::default();
+    let zero = || Tensor::zeros([], (Kind::Double, logprob.device()));
+    let mut told = vec![zero(), zero()];
     let retain = match &method.retain {
         Retain::Likelihood(objective) => Some((objective, method.retain_weight, work.retain)),
         _ => None,
@@ -280,8 +464,8 @@ fn likelihood(
                     before.extend_from_slice(reference.logprobs(sequence.sample));
                 }
             }
-            let owner = Tensor::from_slice(&owner).to_device(logprob.device());
-            let before = objective.needs_reference().then(|| Tensor::from_slice(&before).to_device(logprob.device()));
+            let owner = upload(&owner, logprob.device());
+            let before = objective.needs_reference().then(|| upload(&before, logprob.device()));
             let logprob = part(logprob);
             objective.term(&Tokens {
                 logprob: &logprob,
@@ -291,9 +475,9 @@ fn likelihood(
                 totals,
             })
         };
-        told.losses[index] = f64::try_from(&term.loss).expect("invariant: a loss is one number");
+        told[index] = term.loss.to_kind(Kind::Double);
         if stream == Stream::Forget {
-            told.numbers = term.numbers;
+            told.extend(term.numbers);
         }
         part(&weight).copy_(&(term.weight * factor));
     }
@@ -309,12 +493,12 @@ fn divergence(
     reference: &dyn Reference,
     factor: f64,
     sink: &mut dyn Gradients,
-) -> (f64, Tensor) {
+) -> (Tensor, Tensor) {
     let retain = micro_batch.sequences.iter().filter(|sequence| sequence.stream == Stream::Retain);
     let before: Vec<Tensor> = retain.map(|sequence| reference.rows(sequence.sample)).collect();
     let before = Tensor::cat(&before, 0);
     let divergence = decoder.divergence(weights, rows, reference.head(), &before);
-    let kl = f64::try_from(divergence.kl.sum(Kind::Double)).expect("invariant: a sum is one number");
+    let kl = divergence.kl.sum(Kind::Double);
     let weight = Tensor::full([rows.len()], factor, (Kind::Float, decoder.device));
     let grad = decoder.divergence_backward(weights, rows, divergence, reference.head(), &before, &weight, sink);
     (kl, grad)

@@ -1,6 +1,6 @@
 //! Negative preference optimization (Zhang et al., arXiv 2404.05868, equation 3).
 
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use crate::train::{Objective, Term, Tokens};
 
@@ -34,9 +34,8 @@ impl Objective for Npo {
         // log(1 + e^z) = -log sigmoid(-z), without overflow at either end
         let softplus = -(-&scaled).log_sigmoid();
         let weight = scaled.sigmoid() * (2.0 / tokens.totals.sequences);
-        let sum = |x: &Tensor| f64::try_from(x.sum(Kind::Double)).expect("invariant: a sum is one number");
         Term {
-            numbers: vec![sum(&ratio) / tokens.totals.sequences, sum(&weight)],
+            numbers: vec![ratio.sum(Kind::Double) / tokens.totals.sequences, weight.sum(Kind::Double)],
             loss: softplus.sum(Kind::Double) * (2.0 / self.beta / tokens.totals.sequences),
             weight: weight.index_select(0, tokens.sequence).to_kind(tokens.logprob.kind()),
         }

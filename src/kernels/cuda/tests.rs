@@ -219,7 +219,7 @@ fn sum_of_squares() {
     for kind in KINDS {
         for len in [0, 1, 7, 1000, 65_536, 140_003] {
             let x = randn(&[len], kind);
-            let want = cpu::reduce::sum_of_squares(&x);
+            let want = cpu::reduce::sum_of_squares(&x).double_value(&[0]);
             for got in each_way(|on, guard| vec![super::reduce::sum_of_squares(on, &guard(&x))]) {
                 let got = f64::try_from(&got[0]).unwrap();
                 assert!((got - want).abs() <= 1e-13 * want, "{kind:?} {len}: {got} {want}");

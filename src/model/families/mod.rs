@@ -29,7 +29,11 @@ pub const FAMILIES: &[Family] = &[llama::FAMILY, mistral::FAMILY, phi3::FAMILY, 
 
 /// The architecture of a model folder. What is not supported is named with key and value.
 pub fn read(folder: &Path) -> Result<Architecture, ModelError> {
-    let config = ConfigJson::read(folder)?;
+    from_config(&ConfigJson::read(folder)?)
+}
+
+/// The same from a configuration that was read.
+pub fn from_config(config: &ConfigJson) -> Result<Architecture, ModelError> {
     let known = || {
         let each = FAMILIES.iter().map(|family| format!("{} ({})", family.model_type, family.covers));
         each.collect::<Vec<_>>().join(", ")
@@ -45,5 +49,5 @@ pub fn read(folder: &Path) -> Result<Architecture, ModelError> {
     if !classes.is_empty() && !classes.iter().any(|class| class == family.class) {
         return Err(config.unsupported("architectures", &format!("expected [\"{}\"]", family.class)));
     }
-    (family.read)(&config)
+    (family.read)(config)
 }
