@@ -354,9 +354,9 @@ impl Drop for Event {
 mod tests {
     use std::collections::HashMap;
 
-    use super::super::fake_driver;
     use super::super::module::{Argument, Grid, Module, Resources};
     use super::super::nvrtc::Image;
+    use super::super::tests::{is_behind_fake_driver, rerun_behind_fake_driver};
     use super::*;
 
     /// Without a driver every call says so; with one, the first device answers.
@@ -379,14 +379,15 @@ mod tests {
     /// Every call against the declarations of cuda.h, in a process where a driver without a GPU takes the real one's place.
     #[test]
     fn calls_are_as_cuda_h_declares_them() {
-        if !fake_driver::is_here() {
-            fake_driver::rerun("abi::driver::tests::calls_are_as_cuda_h_declares_them");
+        if !is_behind_fake_driver() {
+            rerun_behind_fake_driver("abi::driver::tests::calls_are_as_cuda_h_declares_them");
             return;
         }
         assert_eq!((version(), device_count()), (Ok((13, 1)), Ok(2)));
         let second = Device { name: "Second fake".into(), capability: (8, 6), memory: 80 << 30, multiprocessors: 132 };
         assert_eq!(device(1), Ok(second));
         assert_eq!(device(2), Err(Error::Device { device: 2, count: 2 }));
+        assert_eq!(identity(1), Ok("a1".repeat(16)));
         assert_eq!((memory_info(0), memory_info(1), memory_info(0)), (Ok((10, 100)), Ok((20, 100)), Ok((10, 100))));
 
         let stream = Stream::current(1).unwrap();

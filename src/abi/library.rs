@@ -42,7 +42,8 @@ impl Library {
         }
         let library = candidates.first().map_or_else(String::new, |path| path.display().to_string());
         if !absent.is_empty() {
-            reasons.push(format!("nor is there {}", absent.join(", ")));
+            let words = if reasons.is_empty() { "there is no" } else { "nor is there" };
+            reasons.push(format!("{words} {}", absent.join(", ")));
         }
         Err(Error::Open { library, reasons: reasons.join("; ") })
     }

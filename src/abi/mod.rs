@@ -8,8 +8,6 @@ pub mod dispatcher;
 pub mod driver;
 #[cfg(test)]
 pub mod emulator;
-#[cfg(test)]
-pub mod fake_driver;
 pub mod host;
 pub mod library;
 pub mod module;
@@ -20,6 +18,8 @@ pub mod nvrtc;
 pub mod parallel;
 pub mod slices;
 pub mod storage;
+#[cfg(test)]
+pub mod tests;
 pub mod torch_cuda;
 pub mod upload;
 

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 
 use super::*;
 use crate::abi::emulator::Compiled;
-use crate::abi::fake_driver;
 use crate::abi::slices::bytes;
+use crate::abi::tests::{is_behind_fake_driver, rerun_behind_fake_driver};
 use crate::kernels::moment::{Codes, Moment, Storage};
 use crate::kernels::optimizer::{AdamW, AdamWFactors, Extras, Sgd};
 use crate::kernels::{self as cpu};
@@ -368,8 +368,8 @@ fn the_emulator_catches_mistakes() {
 /// From the sources to functions of a module, with a driver that has no GPU.
 #[test]
 fn loading_finds_every_kernel() {
-    if !fake_driver::is_here() {
-        fake_driver::rerun("kernels::cuda::tests::loading_finds_every_kernel");
+    if !is_behind_fake_driver() {
+        rerun_behind_fake_driver("kernels::cuda::tests::loading_finds_every_kernel");
         return;
     }
     let error = load(7).unwrap_err().to_string();

@@ -6,8 +6,8 @@ use super::library;
 
 const MARK: &str = "DUNLEARN_TEST_BEHIND_FAKE_DRIVER";
 
-/// Whether this process was started by [`rerun`].
-pub fn is_here() -> bool {
+/// Whether this process was started by [`rerun_behind_fake_driver`].
+pub fn is_behind_fake_driver() -> bool {
     std::env::var_os(MARK).is_some()
 }
 
@@ -15,7 +15,7 @@ pub fn is_here() -> bool {
 ///
 /// Gives false, with a line that says why, where cuda.h is not installed.
 #[expect(clippy::print_stderr, reason = "a test that does not run says why")]
-pub fn rerun(test: &str) -> bool {
+pub fn rerun_behind_fake_driver(test: &str) -> bool {
     tch::manual_seed(0); // loads libtorch
     let torch = library::folder_of("libtorch_cpu.so").unwrap();
     let headers = torch.join("../../nvidia/cu13/include");
