@@ -88,6 +88,7 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let steps = total_steps(config, &inputs);
 
     let batches = batches(config, &inputs);
+    one_micro_batch_a_step(config, &batches, steps, world)?;
     let forward =
         ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
     let holding = GradientOptions {
@@ -201,6 +202,27 @@ fn tell_devices(context: &Context) {
             told.push(line);
         }
     }
+}
+
+/// bf16 holds a sum of several micro-batches badly: such steps are refused before anything is computed.
+fn one_micro_batch_a_step(config: &Config, batches: &Batches, steps: usize, world: &World) -> Result<(), RunError> {
+    if config.train.grad_dtype == config::Float::F32 {
+        return Ok(());
+    }
+    for step in 0..steps.min(batches.order.steps_per_epoch()) {
+        let count = batches.step(step, world.mesh).micro_batches.len();
+        if count > 1 {
+            return Err(RunError::Refused(format!(
+                "train.grad_dtype = \"bf16\" holds one micro-batch a step, step {} has {count} on rank {}: raise \
+                 train.micro_batch_tokens (now {}), lower train.global_batch (now {}) or write grad_dtype = \"f32\"",
+                step + 1,
+                world.mesh.rank,
+                config.train.micro_batch_tokens,
+                config.train.global_batch
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn total_steps(config: &Config, inputs: &Inputs) -> usize {

@@ -123,6 +123,10 @@ fn mistakes_are_explained() {
         (&["data.forget.path=nowhere.jsonl"], "nowhere.jsonl"),
         (&["data.forget.kind=text"], "no field \"text\""),
         (&["train.steps=0"], "train.steps: is 0"),
+        (
+            &["train.grad_dtype=bf16", "train.micro_batch_tokens=64", "train.global_batch=8"],
+            "holds one micro-batch a step, step 1 has ",
+        ),
         (&["optimizer.lr=fast"], "`lr = \"fast\"`: invalid type: string \"fast\", expected a number"),
     ] {
         let text = refused(set);
