@@ -95,6 +95,11 @@ impl Book {
     }
 }
 
+/// The number, between -1 and 1, that a code stands for.
+pub fn code(codes: Codes, code: u8) -> f32 {
+    Book::of(codes).codes[usize::from(code)]
+}
+
 impl Moment {
     /// A moment that is 0 for `len` weights.
     pub fn zeros(storage: Storage, codes: Codes, len: i64, device: Device) -> Self {

@@ -9,6 +9,7 @@ mod objective;
 mod optimizer;
 mod parameters;
 mod schedule;
+mod state;
 mod step;
 
 pub use batches::{Batches, StepWork};
