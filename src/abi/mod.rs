@@ -16,6 +16,7 @@ pub mod mpi;
 pub mod nccl;
 pub mod nvrtc;
 pub mod parallel;
+pub mod signals;
 pub mod slices;
 pub mod storage;
 #[cfg(test)]

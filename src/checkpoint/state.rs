@@ -39,6 +39,13 @@ pub struct StateSlice {
     pub blocks: Option<Blocks>,
 }
 
+impl StateSlice {
+    pub fn bytes(&self) -> usize {
+        let size = |t: &Tensor| t.numel() * t.kind().elt_size_in_bytes();
+        size(&self.values) + self.blocks.as_ref().map_or(0, |blocks| size(&blocks.scales))
+    }
+}
+
 /// Scales of 8-bit codes.
 pub struct Blocks {
     /// `[blocks]` f32: of every block that the slice touches.

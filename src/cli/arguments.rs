@@ -59,6 +59,9 @@ pub(super) struct RunOptions {
     /// Replace a finished run in the same run folder
     #[arg(long)]
     pub(super) overwrite: bool,
+    /// Go on from a checkpoint although settings, model or data differ from those that it was made with; says which
+    #[arg(long, conflicts_with = "overwrite")]
+    pub(super) force_resume: bool,
     /// Progress bars, plain lines, or nothing; auto: bars on a terminal, or where DUNLEARN_PROGRESS=bar is set (mpirun hides
     /// the terminal; launch/mpirun sets it)
     #[arg(long, value_enum, default_value_t = ProgressChoice::Auto)]
@@ -66,7 +69,7 @@ pub(super) struct RunOptions {
     /// Log lines for people or for machines
     #[arg(long, value_enum, default_value_t = LogChoice::Text)]
     pub(super) log_format: LogChoice,
-    /// Let a rank fail: panic|error|kill|hang@load|step|eval|export:RANK
+    /// Let a rank fail: panic|error|kill|hang@load|step|eval|save|export:RANK
     #[arg(long, value_name = "FAULT", hide = true)]
     pub(super) fault: Option<Fault>,
 }

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::unix::process::parent_id;
 use std::process::ExitCode;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use crate::run::MemoryWords;
@@ -21,6 +21,22 @@ const EXIT_MEMORY: i32 = 104;
 
 /// Exit code of a rank without MPI after another rank has broken off.
 const EXIT_LOSS: i32 = 105;
+
+/// Exit code of a run that was asked to stop and has saved its state: start it again (`EX_TEMPFAIL` of sysexits.h).
+const EXIT_AGAIN: u8 = 75;
+
+static CODE: AtomicU8 = AtomicU8::new(0);
+
+/// Lets the process end with the code that says "run me again", once MPI is finalised.
+pub(super) fn to_be_continued() -> anyhow::Result<()> {
+    CODE.store(EXIT_AGAIN, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The exit code where nothing went wrong.
+pub(super) fn code() -> ExitCode {
+    ExitCode::from(CODE.load(Ordering::Relaxed))
+}
 
 static JSON: AtomicBool = AtomicBool::new(false);
 static MEMORY: OnceLock<MemoryWords> = OnceLock::new();

@@ -61,7 +61,7 @@ pub fn main() -> ExitCode {
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => ending::code(),
         Err(error) => ending::refuse(launched.rank, &ending::in_words(&error)),
     }
 }

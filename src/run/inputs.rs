@@ -132,6 +132,14 @@ impl Inputs {
         Ok((table, layout))
     }
 
+    /// What decides what a run computes besides its configuration: digests of the model (`identity`) and of the data, by name.
+    pub fn digests(&self, identity: &str) -> Vec<(String, String)> {
+        let model = ("model".to_owned(), identity.to_owned());
+        let retain = self.retain.as_ref().map(|set| ("data.retain".to_owned(), set.digest.clone()));
+        let anchors = (format!("data.{}", self.anchors_name), self.anchors.digest.clone());
+        [Some(model), Some(anchors), retain].into_iter().flatten().collect()
+    }
+
     /// All sets that are evaluated, by name.
     pub fn sets(&self) -> Vec<(&'static str, &Dataset)> {
         let named = [

@@ -8,6 +8,8 @@ mod journal;
 mod memory;
 mod process;
 mod reference;
+mod resume;
+mod saving;
 mod summary;
 
 pub use error::RunError;
@@ -22,7 +24,8 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tch::{Device, Kind};
 
-use crate::checkpoint::{ExportOptions, export};
+use crate::abi::signals;
+use crate::checkpoint::{ExportOptions, Store, export};
 use crate::config::{self, Config};
 use crate::data::{Dataset, Order, RowsOf};
 use crate::dist::World;
@@ -38,6 +41,8 @@ use crate::unlearn;
 use files::RunFolder;
 use journal::{Journal, comm_seconds};
 use reference::{Identity, ReferenceCache, ReferenceOptions};
+use resume::Start;
+use saving::{Next, Saver};
 
 /// What a run is given besides its configuration.
 pub struct Context {
@@ -52,6 +57,8 @@ pub struct Context {
     pub started: Instant,
     /// Replace a finished run in the same folder.
     pub overwrite: bool,
+    /// Go on from a checkpoint that was made with other settings.
+    pub force_resume: bool,
     /// MPI library, where there is one.
     pub mpi_version: Option<String>,
     /// A fault to put in.
@@ -64,13 +71,13 @@ pub struct Context {
 const FILES_DEADLINE: Duration = Duration::from_secs(3600);
 
 /// Runs to the end. All ranks call it; the summary is the same on all.
-pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
+pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let Context { world, console, fault, .. } = &context;
     let strike = |phase| Fault::strike(*fault, phase, world.mesh.rank);
     // ranks may read and write files for very different times
     let timeout = Duration::from_secs(config.run.timeout);
     world.watchdog.set_deadline(timeout.max(FILES_DEADLINE));
-    RunFolder::check(config, context.overwrite, world)?;
+    let start = RunFolder::check(config, context.overwrite, world)?;
     tracing::info!("dunlearn {}: {}", env!("CARGO_PKG_VERSION"), config.run.dir.display());
     let (mesh, threads) = (world.mesh, tch::get_num_threads());
     let ranks = format!("ranks: {} (tp {} x dp {}), CPU threads of each: {threads}", mesh.world(), mesh.tp, mesh.dp);
@@ -80,8 +87,8 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let mut inputs = Inputs::read(config, world)?;
     strike(Phase::Load)?;
     // nothing of an earlier run is touched before the new one's inputs are known to be good
-    let folder = RunFolder::create(config, &context)?;
-    let mut metrics = folder.metrics(config, &context)?;
+    let folder = RunFolder::create(config, &context, start)?;
+    let (mut metrics, past) = folder.metrics(config, &context, start)?;
     let expected = Memory::expected(config, &inputs.layout(config, world)?.1);
     expected.prepare(&context.memory_words, config, context.device);
     let Loaded { decoder, parameters, identity } = inputs.load(config, world, context.device, console)?;
@@ -120,11 +127,20 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     };
     Memory::of(&trainer).print();
     world.watchdog.set_deadline(timeout);
-    let start = Instant::now();
+    let reference_start = Instant::now();
     let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
-    let reference_seconds = start.elapsed().as_secs_f64();
-    let mut evaluations = Evaluations::default();
-    if config.eval.before {
+    let reference_seconds = reference_start.elapsed().as_secs_f64();
+    let mut saver = Saver::new(config, inputs.digests(&identity).into_iter().collect());
+    let mut evaluations = Evaluations { before: past.before, during: past.during, ..Evaluations::default() };
+    let first = match start {
+        Start::New => 0,
+        Start::Resume(step) => {
+            // the weights before training have told what they had to: the reference and the evaluation are there
+            restore(config, &inputs, &mut trainer, step, &identity, &context)?;
+            step
+        }
+    };
+    if config.eval.before && start == Start::New {
         strike(Phase::Eval)?;
         evaluations.before = evaluate(config, &inputs, &trainer, forward, world, console);
         metrics.write(&json!({ "step": 0, "eval": evaluations.before }))?;
@@ -144,8 +160,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     // a GPU works while the host prepares the next step: its numbers are read one step late
     let late = usize::from(context.device != Device::Cpu);
     let mut open = VecDeque::new();
-    for step in 0..steps {
-        if step == 1 {
+    journal.progress.advance(first as u64, "");
+    for step in first..steps {
+        if step == first + 1 {
             strike(Phase::Step)?;
         }
         let work = batches.step(step, world.mesh);
@@ -153,7 +170,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
         open.push_back((step, work, launched));
         let evaluated = config.eval.every > 0 && (step + 1) % config.eval.every == 0 && step + 1 < steps;
         let last = step + 1 == steps;
-        while open.len() > if evaluated || last { 0 } else { late } {
+        // nothing is saved of a step whose numbers are not known to be numbers
+        let wish = saver.ask(step + 1, steps, world);
+        while open.len() > if evaluated || last || wish.save || wish.stop { 0 } else { late } {
             let (step, work, launched) = open.pop_front().expect("invariant: there is one more");
             let report = trainer.read(launched, &work, known, world)?;
             journal.tell(step, &work, &report, &trainer, &context)?;
@@ -164,7 +183,17 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
             evaluations.during.push((step + 1, scores));
             journal.told = Instant::now();
         }
+        strike_if(wish.save, *fault, Phase::Save, world)?;
+        if saver.act(wish, &trainer, step + 1, world)? == Next::Stop {
+            let why = signals::request().map_or_else(|| "asked to stop".to_owned(), |name| format!("{name} came"));
+            tracing::info!(
+                "{why}: the state after step {} of {steps} is saved; the same command goes on from there",
+                step + 1
+            );
+            return Ok(Outcome::Stopped);
+        }
     }
+    saver.finish(world)?;
     let Journal { tokens, seconds_to_first_step, progress, .. } = journal;
     drop(progress);
     let training_seconds = training.elapsed().as_secs_f64();
@@ -189,7 +218,52 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     );
     folder.write_summary(&summary, world)?;
     summary.print(&folder.path, console);
-    Ok(summary)
+    Ok(Outcome::Finished(Box::new(summary)))
+}
+
+/// How a run ended without an error.
+pub enum Outcome {
+    Finished(Box<Summary>),
+    /// It was asked to stop, has saved its state and can be started again.
+    Stopped,
+}
+
+/// Takes the state of the checkpoint after `step`. All ranks call it.
+///
+/// # Errors
+/// On all ranks: files that were damaged, or a checkpoint of something else, with the first difference.
+fn restore(
+    config: &Config,
+    inputs: &Inputs,
+    trainer: &mut Trainer,
+    step: usize,
+    identity: &str,
+    context: &Context,
+) -> Result<(), RunError> {
+    let world = &context.world;
+    let saved = Store::of_run(&config.run.dir).open(step)?;
+    if let Some(difference) = resume::difference(&saved, config, &inputs.digests(identity)) {
+        let path = saved.folder.display();
+        if !context.force_resume {
+            let advice = "undo that, start anew with --overwrite, or go on all the same with --force-resume";
+            return Err(RunError::Refused(format!("{path}: {difference}; {advice}")));
+        }
+        tracing::warn!("--force-resume: {path}: {difference}");
+    }
+    let mine =
+        saved.verify(world.mesh.rank, world.mesh.world()).map_or_else(|error| error.to_string(), |()| String::new());
+    let all = world.world.gather_bytes(mine.as_bytes());
+    if let Some(words) = all.iter().find(|words| !words.is_empty()) {
+        return Err(RunError::Refused(String::from_utf8_lossy(words).into_owned()));
+    }
+    trainer.restore(&saved.state()?, saved.manifest.optimizer_steps, world)?;
+    tracing::info!("going on after step {step}, from {}", saved.folder.display());
+    Ok(())
+}
+
+/// As [`Fault::strike`] where the phase is on.
+fn strike_if(on: bool, fault: Option<Fault>, phase: Phase, world: &World) -> Result<(), RunError> {
+    if on { Fault::strike(fault, phase, world.mesh.rank) } else { Ok(()) }
 }
 
 /// One line for each kind of thing that the ranks say of their devices. All ranks call it.
