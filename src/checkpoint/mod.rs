@@ -1,5 +1,6 @@
 //! Weights on disk: Hugging Face folders in and out, as named slices; no layout reaches the files.
 
+mod convert;
 mod error;
 mod export;
 mod folder;
@@ -9,6 +10,7 @@ pub mod state;
 pub mod store;
 mod tensor_file;
 
+pub use convert::{TensorDifference, convert, difference};
 pub use error::CheckpointError;
 pub use export::{ExportOptions, export};
 pub use folder::Folder;
