@@ -100,6 +100,11 @@ pub fn code(codes: Codes, code: u8) -> f32 {
     Book::of(codes).codes[usize::from(code)]
 }
 
+/// The code that stands for 0.
+pub fn zero(codes: Codes) -> u8 {
+    Book::of(codes).codes.iter().position(|&number| number == 0.0).expect("invariant: 0 is in every book") as u8
+}
+
 impl Moment {
     /// A moment that is 0 for `len` weights.
     pub fn zeros(storage: Storage, codes: Codes, len: i64, device: Device) -> Self {

@@ -12,7 +12,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::slices::Place;
 use crate::checkpoint::state::{Blocks, StateFiles, StateSlice, Target, What};
 use crate::dist::{Mesh, World};
-use crate::kernels::moment::{BLOCK, Moment};
+use crate::kernels::moment::{self, BLOCK, Moment};
 use crate::model::sharding::{Class, Param};
 
 impl Trainer {
@@ -126,7 +126,9 @@ fn restore_moment(
     let len = segment.len();
     let coded = moment.scales.is_some();
     let mut numbers = Tensor::zeros([len as i64], (Kind::Float, Device::Cpu));
-    let mut codes = Tensor::zeros([if coded { len as i64 } else { 0 }], (Kind::Uint8, Device::Cpu));
+    // what lies between parameters is in no file, and is 0
+    let zero = i64::from(moment::zero(moment.codes));
+    let mut codes = Tensor::full([if coded { len as i64 } else { 0 }], zero, (Kind::Uint8, Device::Cpu));
     let blocks = if coded { len.div_ceil(BLOCK) as i64 } else { 0 };
     let mut scales = Tensor::zeros([blocks], (Kind::Float, Device::Cpu));
     let mut target = Target {

@@ -18,18 +18,18 @@ use crate::tiny::{self, Spread};
 
 /// One way to run the test's steps.
 #[derive(Clone, Copy, Debug)]
-struct Layout {
-    tp: usize,
-    dp: usize,
-    sequence_parallel: bool,
-    zero: bool,
-    recompute: bool,
+pub struct Layout {
+    pub tp: usize,
+    pub dp: usize,
+    pub sequence_parallel: bool,
+    pub zero: bool,
+    pub recompute: bool,
     /// Unit: tokens; small budgets make several micro-batches a step.
-    budget: usize,
-    bucket_elements: usize,
+    pub budget: usize,
+    pub bucket_elements: usize,
 }
 
-const ONE: Layout = Layout {
+pub const ONE: Layout = Layout {
     tp: 1,
     dp: 1,
     sequence_parallel: false,
@@ -41,18 +41,20 @@ const ONE: Layout = Layout {
 
 /// What is trained.
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    tied: bool,
-    retain: config::Retain,
-    optimizer: config::OptimizerName,
-    steps: usize,
+pub struct Case {
+    pub tied: bool,
+    pub retain: config::Retain,
+    pub optimizer: config::OptimizerName,
+    pub steps: usize,
     /// What the model computes in.
-    kind: Kind,
-    max_grad_norm: f64,
-    in_backward: bool,
-    state: config::StateDtype,
+    pub kind: Kind,
+    pub max_grad_norm: f64,
+    pub in_backward: bool,
+    /// The learning rate falls to 0 over the steps.
+    pub falling: bool,
+    pub state: config::StateDtype,
     /// Of the gradient buffers, and of their sums over the data-parallel ranks.
-    grads: (Kind, Kind),
+    pub grads: (Kind, Kind),
 }
 
 /// Everything that layouts must agree on.
@@ -67,7 +69,7 @@ struct Outcome {
 }
 
 /// Four key/value heads so that TP 4 is possible; biases, q/k norms and an odd vocabulary so that nothing divides by luck.
-fn architecture(tied: bool) -> Architecture {
+pub fn architecture(tied: bool) -> Architecture {
     Architecture {
         family: "test",
         hidden: 32,
@@ -90,7 +92,7 @@ fn architecture(tied: bool) -> Architecture {
 }
 
 /// Samples of very different lengths, with prompts that are not scored.
-fn samples(name: &str, count: usize) -> Dataset {
+pub fn samples(name: &str, count: usize) -> Dataset {
     let draw = Stream::new(5, name);
     let samples = (0..count as u64).map(|i| {
         let len = 4 + draw.bits(1000 + i) % 37;
@@ -101,7 +103,7 @@ fn samples(name: &str, count: usize) -> Dataset {
     Dataset::from_samples(name, samples.collect())
 }
 
-struct SeedOne {
+pub struct SeedOne {
     logprobs: Vec<Vec<f32>>,
     head: ReferenceHead,
     rows: Vec<Tensor>,
@@ -109,7 +111,7 @@ struct SeedOne {
 
 impl SeedOne {
     /// Made-up log-probabilities for forget samples; rows and head of the seed-1 model, on this rank's layout.
-    fn new(forget: &Dataset, retain: &Dataset, arch: &Architecture, world: &World, kind: Kind) -> Self {
+    pub fn new(forget: &Dataset, retain: &Dataset, arch: &Architecture, world: &World, kind: Kind) -> Self {
         let (decoder, parameters) = tiny::model(arch, world, Spread::default(), kind, 1);
         let rows = retain.samples.iter().map(|sample| {
             let ids: Vec<i64> = sample.tokens.iter().map(|&id| i64::from(id)).collect();
@@ -149,9 +151,9 @@ struct Said {
 }
 
 /// Gives each rank's weights; tests of the tests put a wrong one here.
-type Source = fn(&Architecture, &World, &Piece) -> Tensor;
+pub type Source = fn(&Architecture, &World, &Piece) -> Tensor;
 
-fn right(_: &Architecture, _: &World, piece: &Piece) -> Tensor {
+pub fn right(_: &Architecture, _: &World, piece: &Piece) -> Tensor {
     tiny::weights(piece, 0)
 }
 
@@ -173,7 +175,7 @@ fn run(layout: Layout, case: Case, fault: Fault, source: Source) -> Outcome {
     }
 }
 
-fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, source: Source) -> Trainer {
+pub fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, source: Source) -> Trainer {
     let Layout { sequence_parallel, zero, bucket_elements, .. } = layout;
     let spread = Spread { sequence_parallel, zero, bucket_elements };
     let (decoder, parameters) = tiny::model_from(arch, world, spread, case.kind, |piece| source(arch, world, piece));
@@ -202,7 +204,8 @@ fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, sourc
         release: case.in_backward,
         ..GradientOptions::f32(Device::Cpu)
     };
-    let schedule = config::Schedule { name: config::ScheduleName::Constant, ..Default::default() };
+    let name = if case.falling { config::ScheduleName::Linear } else { config::ScheduleName::Constant };
+    let schedule = config::Schedule { name, ..Default::default() };
     Trainer {
         gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding),
         optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
@@ -273,7 +276,7 @@ fn rank(
 }
 
 /// This rank's boxes with the values that `of` gives for each parameter.
-fn boxes(trainer: &Trainer, of: impl Fn(usize) -> Tensor) -> Vec<(Piece, Vec<f32>)> {
+pub fn boxes(trainer: &Trainer, of: impl Fn(usize) -> Tensor) -> Vec<(Piece, Vec<f32>)> {
     let mut boxes = Vec::new();
     for (id, param) in trainer.decoder.table.params.iter().enumerate() {
         let values = of(id).view(param.shape.as_slice());
@@ -286,7 +289,7 @@ fn boxes(trainer: &Trainer, of: impl Fn(usize) -> Tensor) -> Vec<(Piece, Vec<f32
 }
 
 /// Whole tensors from all ranks' boxes.
-fn whole<'a>(boxes: impl Iterator<Item = &'a (Piece, Vec<f32>)>) -> BTreeMap<String, Tensor> {
+pub fn whole<'a>(boxes: impl Iterator<Item = &'a (Piece, Vec<f32>)>) -> BTreeMap<String, Tensor> {
     let mut tensors = BTreeMap::<String, Tensor>::new();
     for (piece, values) in boxes {
         let whole = tensors
@@ -322,7 +325,7 @@ fn distance(got: &Outcome, want: &Outcome) -> (f64, f64, f64) {
     (first, tensors(&got.gradients, &want.gradients), tensors(&got.parameters, &want.parameters))
 }
 
-fn case(tied: bool) -> Case {
+pub fn case(tied: bool) -> Case {
     Case {
         tied,
         retain: config::Retain::Nll,
@@ -331,6 +334,7 @@ fn case(tied: bool) -> Case {
         kind: Kind::Float,
         max_grad_norm: 0.5,
         in_backward: false,
+        falling: false,
         state: config::StateDtype::F32,
         grads: (Kind::Float, Kind::Float),
     }

@@ -8,6 +8,7 @@ mod golden_step;
 mod layouts;
 mod planned;
 mod program;
+mod resume;
 mod runs;
 mod structure;
 mod tiny;
