@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stderr, clippy::print_stdout)]
 
+mod checkpoints;
 mod failures;
 mod golden_logits;
 mod golden_step;
