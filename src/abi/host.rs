@@ -24,6 +24,13 @@ pub fn peak_resident_bytes() -> u64 {
     }
 }
 
+/// Asks the system to drop a file's clean pages from its cache; it may not.
+pub fn drop_from_cache(file: &std::fs::File) {
+    use std::os::fd::AsRawFd;
+    // SAFETY: an open file; the call only advises.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+}
+
 /// The cores that this process may run on; empty where the system does not say (or has more than 1024).
 pub fn allowed_cores() -> Vec<usize> {
     #[cfg(target_os = "linux")]

@@ -3,11 +3,13 @@
 //! one CPU computes: `dunlearn check`.
 
 mod check;
+mod checkpoint;
 mod rank;
 mod rate;
 mod step;
 
 pub use check::{Check, Line, check, text as check_text};
+pub use checkpoint::{CheckpointResult, checkpoint};
 pub use rank::{RankBench, RankResult, Traffic, rank, summarise};
 pub use rate::matrix_rate;
 pub use step::{StepBench, StepResult, step};

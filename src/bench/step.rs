@@ -165,6 +165,33 @@ pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Re
     })
 }
 
+/// A trainer after a few steps, and the seconds of the last of them.
+pub(super) fn prepared(bench: &StepBench, world: &World) -> Result<(Trainer, f64), ModelError> {
+    let kind = match bench.train.precision {
+        config::Precision::Bf16 => Kind::BFloat16,
+        config::Precision::F32 => Kind::Float,
+    };
+    let (forget, retain) = (samples(bench, "forget"), samples(bench, "retain"));
+    let mut trainer = trainer(bench, kind, world)?;
+    let reference = Fixed { logprobs: forget.samples.iter().map(|s| vec![-2.0; s.scored.len()]).collect() };
+    let batches = Batches {
+        order: Order::new(0, false, forget.samples.len(), retain.samples.len(), bench.train.global_batch),
+        anchors: &forget,
+        retain: Some(&retain),
+        retain_rows: RowsOf::Scored,
+        count_padding: false,
+        budget: bench.train.micro_batch_tokens,
+    };
+    let mut seconds = 0.0;
+    for step in 0..WARM_UP + 1 {
+        let work = batches.step(step, world.mesh);
+        let start = Instant::now();
+        trainer.step(step, &work, Some(&reference), world).expect("invariant: random weights give finite numbers");
+        seconds = start.elapsed().as_secs_f64();
+    }
+    Ok((trainer, seconds))
+}
+
 /// Steps before those that count.
 const WARM_UP: usize = 2;
 

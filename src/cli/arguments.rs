@@ -115,6 +115,8 @@ pub(super) enum BenchVerb {
     Step(StepBenchOptions),
     /// Run one rank of a configuration's mesh alone: its memory and computing time measured, its traffic counted
     Rank(RankBenchOptions),
+    /// Save and load a rank's state, against the disk's own rate
+    Checkpoint(CheckpointBenchOptions),
 }
 
 /// A Llama of any shape; run it under mpirun to time a layout.
@@ -272,6 +274,16 @@ pub(super) struct CheckOptions {
     /// Print JSON instead of a table
     #[arg(long)]
     pub(super) json: bool,
+}
+
+/// The state of a model of `bench step`'s shape, on one rank.
+#[derive(Debug, Args)]
+pub(super) struct CheckpointBenchOptions {
+    /// Folder on the disk that is meant
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    pub(super) folder: PathBuf,
+    #[command(flatten)]
+    pub(super) step: StepBenchOptions,
 }
 
 /// The mesh, precision and optimizer of a configuration, with random weights and samples.

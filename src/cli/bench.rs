@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
-use super::arguments::{LoadOptions, RankBenchOptions, StepBenchOptions};
+use super::arguments::{CheckpointBenchOptions, LoadOptions, RankBenchOptions, StepBenchOptions};
 use super::device;
 use super::launch::Launched;
 use super::run::{Ranks, set_threads, with_ranks};
@@ -22,6 +22,28 @@ pub(super) fn step(options: &StepBenchOptions, launched: &Launched) -> anyhow::R
 }
 
 fn step_on(ranks: &Ranks, options: &StepBenchOptions, launched: &Launched) -> anyhow::Result<()> {
+    let (bench, world) = prepare(ranks, options, launched)?;
+    let load = &options.load;
+    let result = tch::no_grad(|| bench::step(&bench, &world, |_| ()))?;
+    if world.is_first() {
+        print_result(load, &result, &result.text())?;
+    }
+    Ok(())
+}
+
+pub(super) fn checkpoint(options: &CheckpointBenchOptions, launched: &Launched) -> anyhow::Result<()> {
+    if launched.world > 1 {
+        bail!("`bench checkpoint` measures one rank: start it alone, without a launcher");
+    }
+    with_ranks(launched, |ranks| {
+        let (bench, world) = prepare(ranks, &options.step, launched)?;
+        let result = tch::no_grad(|| bench::checkpoint(&bench, &options.folder, &world))?;
+        print_result(&options.step.load, &result, &result.text())
+    })
+}
+
+/// The benchmark that the options describe, and the ranks that are there.
+fn prepare(ranks: &Ranks, options: &StepBenchOptions, launched: &Launched) -> anyhow::Result<(StepBench, World)> {
     let world = ranks.world(options.tp, None, TIMEOUT, launched)?;
     set_threads(options.threads, &world)?;
     let arch = match &options.shape {
@@ -66,11 +88,7 @@ fn step_on(ranks: &Ranks, options: &StepBenchOptions, launched: &Launched) -> an
         scored: scored(load)?,
         steps: load.steps.max(1),
     };
-    let result = tch::no_grad(|| bench::step(&bench, &world, |_| ()))?;
-    if world.is_first() {
-        print_result(load, &result, &result.text())?;
-    }
-    Ok(())
+    Ok((bench, world))
 }
 
 pub(super) fn rank(options: &RankBenchOptions, launched: &Launched) -> anyhow::Result<()> {

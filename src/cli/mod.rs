@@ -58,6 +58,7 @@ pub fn main() -> ExitCode {
         Some(Verb::Config { verb: ConfigVerb::Show { file, set } }) => show(&file, &set),
         Some(Verb::Bench { verb: BenchVerb::Step(options) }) => bench::step(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),
+        Some(Verb::Bench { verb: BenchVerb::Checkpoint(options) }) => bench::checkpoint(&options, &launched),
         Some(Verb::Check(options)) => check::check(&options, &launched),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),

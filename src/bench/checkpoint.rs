@@ -1,0 +1,137 @@
+//! How fast a rank's state goes to disk and comes back, against the disk's own sequential rate in the same folder.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::step::{StepBench, prepared};
+use crate::abi::host;
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::state::{StateFiles, StateSlice, write};
+use crate::dist::World;
+use crate::model::ModelError;
+use crate::telemetry::table;
+
+/// Rates in bytes a second.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckpointResult {
+    pub bytes: usize,
+    /// What a save adds to a step when a thread writes: the copy of the state.
+    pub stall_seconds: f64,
+    pub step_seconds: f64,
+    pub write_rate: f64,
+    pub disk_write_rate: f64,
+    /// With the files in the page cache dropped where the system lets us, as is the disk's.
+    pub read_rate: f64,
+    pub disk_read_rate: f64,
+    /// Memory that loading added beyond the state itself. Unit: bytes.
+    pub load_extra_bytes: u64,
+}
+
+/// Why it could not be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error("{0}")]
+    Disk(#[from] std::io::Error),
+}
+
+/// Saves and loads the state of the benchmark's model on one rank; `folder` is on the disk that is meant.
+pub fn checkpoint(bench: &StepBench, folder: &Path, world: &World) -> Result<CheckpointResult, Error> {
+    let (mut trainer, step_seconds) = prepared(bench, world)?;
+    let path = folder.join("bench_checkpoint.safetensors");
+    let raw = folder.join("bench_checkpoint.raw");
+    let start = Instant::now();
+    let slices = trainer.state(world.mesh, true);
+    let stall_seconds = start.elapsed().as_secs_f64();
+    let bytes: usize = slices.iter().map(StateSlice::bytes).sum();
+    let mut best = (f64::INFINITY, f64::INFINITY, f64::INFINITY, f64::INFINITY);
+    let mut load_extra_bytes = 0;
+    // turn by turn, so that both see the same disk
+    for _ in 0..3 {
+        best.0 = best.0.min(seconds(|| write(&path, &slices).map(drop))?);
+        best.1 = best.1.min(seconds(|| write_plainly(&raw, bytes))?);
+        forget(&path)?;
+        forget(&raw)?;
+        let before = host::peak_resident_bytes();
+        best.2 = best.2.min(seconds(|| trainer.restore(&StateFiles::open([path.as_path()])?, 1, world))?);
+        load_extra_bytes = host::peak_resident_bytes().saturating_sub(before).max(load_extra_bytes);
+        best.3 = best.3.min(seconds(|| read_plainly(&raw))?);
+    }
+    std::fs::remove_file(&path)?;
+    std::fs::remove_file(&raw)?;
+    let rate = |seconds: f64| bytes as f64 / seconds;
+    Ok(CheckpointResult {
+        bytes,
+        stall_seconds,
+        step_seconds,
+        write_rate: rate(best.0),
+        disk_write_rate: rate(best.1),
+        read_rate: rate(best.2),
+        disk_read_rate: rate(best.3),
+        load_extra_bytes,
+    })
+}
+
+fn seconds<E: Into<Error>>(body: impl FnOnce() -> Result<(), E>) -> Result<f64, Error> {
+    let start = Instant::now();
+    body().map_err(Into::into)?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// The same bytes in one stream, synchronised at the end.
+fn write_plainly(path: &Path, bytes: usize) -> std::io::Result<()> {
+    // not zeros: some disks store those for nothing
+    let block: Vec<u8> = (0..1usize << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let mut file = File::create(path)?;
+    let mut left = bytes;
+    while left > 0 {
+        let n = left.min(block.len());
+        file.write_all(&block[..n])?;
+        left -= n;
+    }
+    file.sync_all()
+}
+
+fn read_plainly(path: &Path) -> std::io::Result<()> {
+    let mut file = File::open(path)?;
+    let mut block = vec![0; 1 << 20];
+    while file.read(&mut block)? > 0 {}
+    Ok(())
+}
+
+/// Asks the system to drop a file's pages, so that reading means the disk.
+fn forget(path: &Path) -> std::io::Result<()> {
+    host::drop_from_cache(&File::open(path)?);
+    Ok(())
+}
+
+impl CheckpointResult {
+    /// For people.
+    pub fn text(&self) -> String {
+        let mib = |rate: f64| format!("{:.0}", rate / 1048576.0);
+        let row = |what: &str, ours: f64, disk: f64| {
+            vec![what.to_owned(), mib(ours), mib(disk), format!("{:.2}", ours / disk)]
+        };
+        let rows = [
+            row("write, hashed and synchronised", self.write_rate, self.disk_write_rate),
+            row("read and restore", self.read_rate, self.disk_read_rate),
+        ];
+        format!(
+            "{:.0} MiB of state\n\n{}\nstall of a save written by a thread: {:.1} ms; a step takes {:.1} ms, so {:.2} % at every = 10\n\
+             loading added {:.0} MiB to the peak memory\n",
+            self.bytes as f64 / 1048576.0,
+            table(&["", "MiB/s", "disk alone", "ratio"], &rows),
+            1e3 * self.stall_seconds,
+            1e3 * self.step_seconds,
+            100.0 * self.stall_seconds / (10.0 * self.step_seconds),
+            self.load_extra_bytes as f64 / 1048576.0
+        )
+    }
+}
