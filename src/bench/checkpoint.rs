@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::step::{StepBench, prepared};
 use crate::abi::host;
+use crate::abi::slices::bytes;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::state::{StateFiles, StateSlice, write};
 use crate::dist::World;
@@ -50,13 +51,13 @@ pub fn checkpoint(bench: &StepBench, folder: &Path, world: &World) -> Result<Che
     let start = Instant::now();
     let slices = trainer.state(world.mesh, true);
     let stall_seconds = start.elapsed().as_secs_f64();
-    let bytes: usize = slices.iter().map(StateSlice::bytes).sum();
+    let size: usize = slices.iter().map(StateSlice::bytes).sum();
     let mut best = (f64::INFINITY, f64::INFINITY, f64::INFINITY, f64::INFINITY);
     let mut load_extra_bytes = 0;
     // turn by turn, so that both see the same disk
     for _ in 0..3 {
         best.0 = best.0.min(seconds(|| write(&path, &slices).map(drop))?);
-        best.1 = best.1.min(seconds(|| write_plainly(&raw, bytes))?);
+        best.1 = best.1.min(seconds(|| write_plainly(&raw, &slices))?);
         forget(&path)?;
         forget(&raw)?;
         let before = host::peak_resident_bytes();
@@ -66,9 +67,9 @@ pub fn checkpoint(bench: &StepBench, folder: &Path, world: &World) -> Result<Che
     }
     std::fs::remove_file(&path)?;
     std::fs::remove_file(&raw)?;
-    let rate = |seconds: f64| bytes as f64 / seconds;
+    let rate = |seconds: f64| size as f64 / seconds;
     Ok(CheckpointResult {
-        bytes,
+        bytes: size,
         stall_seconds,
         step_seconds,
         write_rate: rate(best.0),
@@ -86,15 +87,10 @@ fn seconds<E: Into<Error>>(body: impl FnOnce() -> Result<(), E>) -> Result<f64, 
 }
 
 /// The same bytes in one stream, synchronised at the end.
-fn write_plainly(path: &Path, bytes: usize) -> std::io::Result<()> {
-    // not zeros: some disks store those for nothing
-    let block: Vec<u8> = (0..1usize << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+fn write_plainly(path: &Path, slices: &[StateSlice]) -> std::io::Result<()> {
     let mut file = File::create(path)?;
-    let mut left = bytes;
-    while left > 0 {
-        let n = left.min(block.len());
-        file.write_all(&block[..n])?;
-        left -= n;
+    for slice in slices {
+        file.write_all(bytes(&slice.values))?;
     }
     file.sync_all()
 }
