@@ -20,7 +20,7 @@ use tch::{Device, Kind};
 
 use crate::checkpoint::{ExportOptions, export};
 use crate::config::{self, Config};
-use crate::data::{Dataset, Order, RowsOf};
+use crate::data::{Dataset, Order, RowsOf, Stream};
 use crate::dist::World;
 use crate::eval::{self, ForwardOptions, LikelihoodScores};
 use crate::model::Keep;
@@ -28,11 +28,12 @@ use crate::model::sharding::Table;
 use crate::telemetry::{Console, LogFile, table};
 use crate::train;
 use crate::train::{
-    Batches, GradientBuffers, GradientOptions, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
+    Batches, Cuts, GradientBuffers, GradientOptions, Method, Optimizer, Reference, ReferenceNeeds, Retain, Schedule,
+    Trainer, TrainerOptions,
 };
 use crate::unlearn;
 use files::RunFolder;
-use reference::{Identity, ReferenceCache, ReferenceOptions};
+use reference::{Identity, Kept, ReferenceCache, ReferenceOptions};
 
 /// What a run is given besides its configuration.
 pub struct Context {
@@ -78,7 +79,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let Loaded { decoder, parameters, identity } = inputs.load(config, world, context.device, console)?;
     let (memory, steps) = (MemoryLine::of(&parameters), total_steps(config, &inputs));
 
-    let batches = batches(config, &inputs);
+    let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
+    let method = unlearn::method(&config.method, config.run.seed, per_epoch);
+    let batches = batches(config, &inputs, &method);
     let forward =
         ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
     let holding = GradientOptions {
@@ -90,10 +93,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding);
     let optimizer = Optimizer::new(&config.optimizer, &decoder.table, &parameters);
     memory.print(&gradients, &optimizer);
-    let per_epoch = batches.order.steps_per_epoch();
     let mut trainer = Trainer {
         schedule: Schedule::new(&config.schedule, config.optimizer.lr, steps, per_epoch),
-        method: unlearn::method(&config.method),
+        method,
         options: TrainerOptions {
             in_backward: config.optimizer.in_backward,
             keep: match config.train.recompute {
@@ -153,7 +155,7 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
             "rss_bytes": process::resident_bytes(),
             "time": process::unix_seconds(),
         });
-        for (name, value) in trainer.method.forget.numbers().iter().zip(&report.numbers) {
+        for (name, value) in trainer.method.numbers().iter().zip(&report.numbers) {
             line[name] = json!(value);
         }
         metrics.write(&line)?;
@@ -209,8 +211,7 @@ fn total_steps(config: &Config, inputs: &Inputs) -> usize {
 }
 
 /// The order of the samples and how they are cut.
-fn batches<'a>(config: &Config, inputs: &'a Inputs) -> Batches<'a> {
-    let divergence = config.method.retain == config::Retain::Kl;
+fn batches<'a>(config: &Config, inputs: &'a Inputs, method: &Method) -> Batches<'a> {
     let partners = match config.method.retain {
         config::Retain::None => None,
         _ => inputs.retain.as_ref(),
@@ -221,8 +222,10 @@ fn batches<'a>(config: &Config, inputs: &'a Inputs) -> Batches<'a> {
         order: Order::new(seed, shuffle, anchors, partner_count, config.train.global_batch),
         anchors: &inputs.anchors,
         retain: partners,
-        retain_rows: if divergence { RowsOf::Every } else { RowsOf::Scored },
-        count_padding: config.method.compat == Some(config::Compat::OpenUnlearning),
+        cuts: Cuts::of(
+            method,
+            matches!(method.retain, Retain::Divergence) && config.method.compat == Some(config::Compat::OpenUnlearning),
+        ),
         budget: config.train.micro_batch_tokens,
     }
 }
@@ -240,8 +243,8 @@ fn reference(
     folder: &RunFolder,
     context: &Context,
 ) -> Result<Option<ReferenceCache>, RunError> {
-    let divergence = matches!(trainer.method.retain, crate::train::Retain::Divergence);
-    if !trainer.method.forget.needs_reference() && !divergence {
+    let needs = trainer.method.reference();
+    if needs == ReferenceNeeds::default() {
         return Ok(None);
     }
     let (weights, world) = (&trainer.parameters.weights, &context.world);
@@ -252,14 +255,27 @@ fn reference(
         config::Precision::F32 => "f32",
     };
     let mut cache = ReferenceCache::default();
-    if trainer.method.forget.needs_reference() {
-        let identity = Identity { model, data: &inputs.anchors.digest, precision };
-        cache.load_logprobs(&trainer.decoder, weights, &inputs.anchors, &identity, &options)?;
+    let identity = |data| Identity { model, data, precision };
+    for text in needs.logprobs {
+        cache.load_logprobs(
+            &trainer.decoder,
+            weights,
+            &inputs.anchors,
+            text,
+            &identity(&inputs.anchors.digest),
+            &options,
+        )?;
     }
-    if let (true, Some(retain)) = (divergence, &inputs.retain) {
-        let samples = batches.visited_retain(steps, world.mesh);
-        let identity = Identity { model, data: &retain.digest, precision };
-        cache.load_divergence(&trainer.decoder, weights, retain, &samples, &identity, &options)?;
+    let rows = needs.rows.iter().map(|&stream| (stream, None));
+    let hidden = needs.hidden.iter().map(|&(stream, edge)| (stream, Some(edge)));
+    for (stream, edge) in rows.chain(hidden) {
+        let dataset = match stream {
+            Stream::Forget => &inputs.anchors,
+            Stream::Retain => inputs.retain.as_ref().expect("invariant: a retain term has retain samples"),
+        };
+        let samples = batches.visited(stream, steps, world.mesh);
+        let what = Kept { stream, edge, rows: edge.map_or(trainer.method.cut(stream).rows, |_| RowsOf::Every) };
+        cache.load_rows(&trainer.decoder, weights, dataset, &samples, what, &identity(&dataset.digest), &options)?;
     }
     Ok(Some(cache))
 }

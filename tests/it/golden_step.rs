@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use dunlearn::config;
-use dunlearn::data::{Item, MicroBatch, RowsOf, Sample, Stream};
+use dunlearn::data::{Item, MicroBatch, RowsOf, Sample, Stream, Text};
 use dunlearn::dist::World;
 use dunlearn::model::sharding::Class;
 use dunlearn::model::{Keep, ReferenceHead};
@@ -70,6 +70,7 @@ impl Golden {
         StepWork {
             epoch: 0,
             micro_batches,
+            looks: Vec::new(),
             forget: Totals { sequences: 2.0, tokens: scored(&self.forget) as f64 },
             retain: Totals { sequences: 3.0, tokens: retain_tokens as f64 },
             tokens: tokens(&self.forget) + tokens(&self.retain),
@@ -107,7 +108,7 @@ impl SeedOne {
 }
 
 impl Reference for SeedOne {
-    fn logprobs(&self, sample: usize) -> &[f32] {
+    fn logprobs(&self, sample: usize, _: Text) -> &[f32] {
         &self.logprobs[sample]
     }
 
@@ -115,8 +116,12 @@ impl Reference for SeedOne {
         &self.head
     }
 
-    fn rows(&self, sample: usize) -> Tensor {
+    fn rows(&self, _: Stream, sample: usize) -> Tensor {
         self.rows[sample].shallow_clone()
+    }
+
+    fn hidden(&self, _: Stream, _: usize) -> Tensor {
+        unreachable!("no hidden rows in these tests")
     }
 }
 
@@ -127,14 +132,9 @@ fn method(name: &str, json: &Value) -> config::Method {
         "npo_kl" => (config::Objective::Npo, config::Retain::Kl),
         other => panic!("no method {other}"),
     };
-    config::Method {
-        objective,
-        beta: (objective == config::Objective::Npo).then_some(0.1),
-        forget_weight: None,
-        retain,
-        retain_weight: json["retain_weight"].as_f64(),
-        compat: None,
-    }
+    let mut method = config::Method::new(objective, retain);
+    method.retain_weight = json["retain_weight"].as_f64();
+    method
 }
 
 /// One step's losses, norm and gradients by Hugging Face name.
@@ -161,7 +161,7 @@ fn run(
         ),
         optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
         schedule: Schedule::new(&config::Schedule::default(), 0.1, 1, 1),
-        method: unlearn::method(&method(total, &golden.json["totals"][total])),
+        method: unlearn::method(&method(total, &golden.json["totals"][total]), 0, 1),
         options: TrainerOptions { keep, logits_bytes, max_grad_norm: 0.0, in_backward: false },
         broken: Trainer::whole(decoder.device),
         decoder,

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use dunlearn::config;
-use dunlearn::data::{Dataset, Order, RowsOf, Sample};
+use dunlearn::data::{Dataset, Order, Sample, Stream as Samples, Text};
 use dunlearn::dist::{Fault, World, run_threads_with};
 use dunlearn::model::init::Stream;
 use dunlearn::model::sharding::{Piece, Table};
 use dunlearn::model::{Architecture, Keep, ReferenceHead, Rope, Scaling};
 use dunlearn::train::{
-    Batches, GradientBuffers, GradientOptions, Losses, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
+    Batches, Cuts, GradientBuffers, GradientOptions, Losses, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
 };
 use dunlearn::unlearn;
 use tch::{Device, Kind, Tensor};
@@ -119,7 +119,7 @@ impl SeedOne {
 }
 
 impl Reference for SeedOne {
-    fn logprobs(&self, sample: usize) -> &[f32] {
+    fn logprobs(&self, sample: usize, _: Text) -> &[f32] {
         &self.logprobs[sample]
     }
 
@@ -127,8 +127,12 @@ impl Reference for SeedOne {
         &self.head
     }
 
-    fn rows(&self, sample: usize) -> Tensor {
+    fn rows(&self, _: Samples, sample: usize) -> Tensor {
         self.rows[sample].shallow_clone()
+    }
+
+    fn hidden(&self, _: Samples, _: usize) -> Tensor {
+        unreachable!("no hidden rows in these tests")
     }
 }
 
@@ -177,14 +181,10 @@ fn rank(
     let spread = Spread { sequence_parallel, zero, bucket_elements };
     let (decoder, parameters) = tiny::model_from(arch, world, spread, case.kind, |piece| source(arch, world, piece));
     let reference = SeedOne::new(forget, retain, arch, world, case.kind);
-    let method = config::Method {
-        objective: config::Objective::Npo,
-        beta: None,
-        forget_weight: None,
-        retain: case.retain,
-        retain_weight: Some(0.7),
-        compat: None,
-    };
+    let mut method = config::Method::new(config::Objective::Npo, case.retain);
+    method.retain_weight = Some(0.7);
+    let method = unlearn::method(&method, 0, 1);
+    let cuts = Cuts::of(&method, false);
     let optimizer = config::Optimizer {
         name: case.optimizer,
         lr: 0.01,
@@ -207,7 +207,7 @@ fn rank(
         ),
         optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
         schedule: Schedule::new(&schedule, optimizer.lr, case.steps, 1),
-        method: unlearn::method(&method),
+        method,
         options: TrainerOptions {
             keep: if layout.recompute { Keep::Inputs } else { Keep::Everything },
             logits_bytes: 4096.0,
@@ -218,13 +218,11 @@ fn rank(
         decoder,
         parameters,
     };
-    let divergence = case.retain == config::Retain::Kl;
     let batches = Batches {
         order: Order::new(3, true, forget.samples.len(), retain.samples.len(), 4),
         anchors: forget,
         retain: Some(retain),
-        retain_rows: if divergence { RowsOf::Every } else { RowsOf::Scored },
-        count_padding: false,
+        cuts,
         budget: layout.budget,
     };
     // gradients of the first step, before anything moves
@@ -249,7 +247,7 @@ fn rank(
 }
 
 /// This rank's boxes with the values that `of` gives for each parameter.
-fn boxes(trainer: &Trainer, of: impl Fn(usize) -> Tensor) -> Vec<(Piece, Vec<f32>)> {
+pub fn boxes(trainer: &Trainer, of: impl Fn(usize) -> Tensor) -> Vec<(Piece, Vec<f32>)> {
     let mut boxes = Vec::new();
     for (id, param) in trainer.decoder.table.params.iter().enumerate() {
         let values = of(id).view(param.shape.as_slice());
@@ -262,7 +260,7 @@ fn boxes(trainer: &Trainer, of: impl Fn(usize) -> Tensor) -> Vec<(Piece, Vec<f32
 }
 
 /// Whole tensors from all ranks' boxes.
-fn whole<'a>(boxes: impl Iterator<Item = &'a (Piece, Vec<f32>)>) -> BTreeMap<String, Tensor> {
+pub fn whole<'a>(boxes: impl Iterator<Item = &'a (Piece, Vec<f32>)>) -> BTreeMap<String, Tensor> {
     let mut tensors = BTreeMap::<String, Tensor>::new();
     for (piece, values) in boxes {
         let whole = tensors

@@ -6,6 +6,7 @@ mod failures;
 mod golden_logits;
 mod golden_step;
 mod layouts;
+mod methods;
 mod program;
 mod runs;
 mod structure;

@@ -12,7 +12,7 @@ fn read_bytes(bytes: &[u8], keys: &str) -> Result<Vec<Record>, String> {
     let mut source: Source = serde_json::from_str(&format!(r#"{{"path": "", {keys}}}"#)).unwrap();
     source.path = path;
     let shown = format!("{}/", folder.path().display());
-    read("data.forget", &source).map_err(|e| e.to_string().replace(&shown, ""))
+    read("data.forget", &source, Wanted::Nothing).map_err(|e| e.to_string().replace(&shown, ""))
 }
 
 fn refusal(text: &str, keys: &str) -> String {
@@ -28,7 +28,7 @@ fn lines_are_counted_with_the_blank_ones() {
     let file =
         "\u{feff}{\"question\": \"q\", \"answer\": \"a\", \"id\": 3}\r\n\n  \n{\"answer\": \"b\", \"question\": \"p\"}";
     let qa = |question: &str, answer: &str| Content::Qa { question: question.into(), answer: answer.into() };
-    let expected = [Record { line: 1, content: qa("q", "a") }, Record { line: 4, content: qa("p", "b") }];
+    let expected = [Record::plain(1, qa("q", "a")), Record::plain(4, qa("p", "b"))];
     assert_eq!(read_bytes(file.as_bytes(), QA).unwrap(), expected);
 }
 
@@ -153,9 +153,10 @@ fn a_path_that_is_no_file_says_what_is_there() {
     fs::write(folder.path().join("forget10.jsonl"), "{}").unwrap();
     fs::write(folder.path().join("notes.txt"), "").unwrap();
     let source = |path: PathBuf| Source { path, kind: Kind::Text, fields: Default::default(), limit: None };
-    let missing = read("data.forget", &source(folder.path().join("forget.jsonl"))).unwrap_err().to_string();
+    let missing =
+        read("data.forget", &source(folder.path().join("forget.jsonl")), Wanted::Nothing).unwrap_err().to_string();
     assert!(missing.contains("No such file") && missing.ends_with("; beside it are forget10.jsonl"), "{missing}");
-    let folder = read("data.forget", &source(folder.path().to_owned())).unwrap_err().to_string();
+    let folder = read("data.forget", &source(folder.path().to_owned()), Wanted::Nothing).unwrap_err().to_string();
     let expected = "is a folder, expected a file with one JSON object a line; it holds forget10.jsonl";
     assert!(folder.ends_with(expected), "{folder}");
 }
