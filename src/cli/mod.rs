@@ -9,6 +9,7 @@ mod bench;
 mod device;
 mod ending;
 mod launch;
+mod methods;
 mod run;
 
 use std::process::ExitCode;
@@ -54,6 +55,7 @@ pub fn main() -> ExitCode {
             Ok(())
         }
         Some(Verb::Config { verb: ConfigVerb::Show { file, set } }) => show(&file, &set),
+        Some(Verb::Methods(options)) => methods::methods(&options),
         Some(Verb::Bench { verb: BenchVerb::Step(options) }) => bench::step(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),

@@ -41,7 +41,7 @@ pub const PDU: Entry = Entry {
     objective: config::Objective::Pdu,
     title: "flat logits under a bound on the retain loss (primal-dual)",
     source: "https://arxiv.org/abs/2506.05314",
-    needs: Needs::NOTHING,
+    needs: Needs { retain: true, ..Needs::NOTHING },
     build: |config| on(config, Distribution::Margin),
 };
 

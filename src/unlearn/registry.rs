@@ -31,10 +31,22 @@ pub struct Needs {
     pub head_copy: bool,
     /// Trains a few matrices and leaves the others without optimizer state.
     pub trains_few: bool,
+    /// Retain samples, always.
+    pub retain: bool,
 }
 
 impl Needs {
-    pub const NOTHING: Self = Self { reference: "", preferred: "", hidden: false, head_copy: false, trains_few: false };
+    pub const NOTHING: Self =
+        Self { reference: "", preferred: "", hidden: false, head_copy: false, trains_few: false, retain: false };
+
+    /// For people.
+    pub fn words(self) -> String {
+        let reference = (!self.reference.is_empty()).then(|| format!("reference {}", self.reference));
+        let preferred = (!self.preferred.is_empty()).then(|| self.preferred.to_owned());
+        let hidden = self.hidden.then(|| "hidden states".to_owned());
+        let retain = self.retain.then(|| "retain samples".to_owned());
+        [reference, preferred, hidden, retain].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// One retain term.
@@ -87,6 +99,8 @@ pub struct Listed {
     pub title: &'static str,
     pub source: &'static str,
     pub needs: Needs,
+    /// [`Self::needs`] in words.
+    pub needs_words: String,
     /// Its own keys with their defaults, as TOML.
     pub keys: Vec<String>,
     /// Weights in bf16 with f32 master weights, gradient and AdamW moments, on one data-parallel rank. Unit: bytes a parameter.
@@ -107,6 +121,7 @@ pub fn list() -> Vec<Listed> {
             title: entry.title,
             source: entry.source,
             needs: entry.needs,
+            needs_words: entry.needs.words(),
             keys: config::own_keys(entry.objective),
             bytes_per_parameter: BYTES + if entry.needs.trains_few { 0 } else { MOMENTS },
         })

@@ -88,6 +88,8 @@ class Case:
                                        compat="openunlearning", **steer),
             "npo_embedding": case("npo", lambda: self.npo(self.forget_sums(), 0.3), "embedding", beta=0.3, layer=LAYER),
             "pdu": case("pdu", lambda: self.rows(margin), "nll", dual_start=RETAIN_WEIGHT),
+            "adv_rmu": case("adv_rmu", self.attacked_rmu, "none", steering=STEERING, layer=1, update=["*"], attack_layer=1,
+                            attack_radius=2.0, attack_steps=3),
             "adv_npo": case("adv_npo", lambda: self.npo(self.attacked_sums(), 0.3), "nll", beta=0.3, attack_layer=1, attack_radius=2.0,
                             attack_steps=3),
         }
@@ -189,9 +191,12 @@ class Case:
         """Output of layer LAYER."""
         return model(ids[None], use_cache=False, output_hidden_states=True).hidden_states[LAYER + 1][0]
 
-    def rmu(self, answer=False, adaptive=False, by_sample=False):
+    def direction(self):
         u = (torch.from_numpy(uniform(SEED, "rmu direction", self.model.config.hidden_size)).double() + 1) / 2
-        u = u / u.norm()
+        return u / u.norm()
+
+    def rmu(self, answer=False, adaptive=False, by_sample=False):
+        u = self.direction()
         each = []
         for ids, prompt in self.texts["forget"]:
             target = STEERING * u
@@ -202,38 +207,44 @@ class Case:
             each.append(difference[prompt:] if answer else difference)
         return torch.stack([e.mean() for e in each]).mean() if by_sample else torch.cat(each).mean()
 
-    def attacked_sums(self, layer=1, radius=2.0, steps=3):
-        """Log-probabilities of the answers with the perturbation that raises them most added to the input of layer `layer`."""
-        result = []
-        for index, (ids, prompt) in enumerate(self.texts["forget"]):
-            clean = {}
-            module = self.model.model.layers[layer]
+    def attacked_sums(self):
+        """Log-probabilities of the answers under attack."""
+        return torch.stack([self.attacked(i, lambda text: self.scored(text)).sum() for i in range(len(FORGET))])
 
-            def forward(delta):
-                def add(_, args, kwargs):
-                    x = args[0] if args else kwargs["hidden_states"]
-                    clean.setdefault("x", x.detach())
-                    moved = x if delta is None else x + delta
-                    return ((moved, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": moved})
-                handle = module.register_forward_pre_hook(add, with_kwargs=True)
-                scored = self.scored((ids, prompt))
-                handle.remove()
-                return scored
+    def attacked_rmu(self):
+        """RMU on the output of layer 1 under attack."""
+        u = self.direction()
+        last = lambda text: self.model(text[0][None], use_cache=False, output_hidden_states=True).hidden_states[2][0]
+        return torch.cat([(self.attacked(i, last) - STEERING * u).square().mean(-1) for i in range(len(FORGET))]).mean()
+
+    def attacked(self, index, outcome, layer=1, radius=2.0, steps=3):
+        """`outcome` with the perturbation added to the input of layer `layer` that raises the answer's probability most."""
+        text, clean = self.texts["forget"][index], {}
+        module = self.model.model.layers[layer]
+
+        def forward(delta, what):
+            def add(_, args, kwargs):
+                x = args[0] if args else kwargs["hidden_states"]
+                clean.setdefault("x", x.detach())
+                moved = x if delta is None else x + delta
+                return ((moved, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": moved})
+            handle = module.register_forward_pre_hook(add, with_kwargs=True)
+            result = what(text)
+            handle.remove()
+            return result
+        with torch.no_grad():
+            forward(None, self.scored)
+        x, key = clean["x"], f"attack 0 {index}"
+        draw = torch.from_numpy(normal(SEED, key, x.numel() + 1)[1:]).view(x.shape)
+        delta = draw * ((uniform(SEED, key, 1)[0].item() + 1) / 2 * radius) / draw.norm()
+        for _ in range(steps):
+            delta = delta.detach().requires_grad_()
+            g, = torch.autograd.grad(-forward(delta, self.scored).sum(), delta)
             with torch.no_grad():
-                forward(None)
-            x = clean["x"]
-            key = f"attack 0 {index}"
-            draw = torch.from_numpy(normal(SEED, key, x.numel() + 1)[1:]).view(x.shape)
-            delta = draw * ((uniform(SEED, key, 1)[0].item() + 1) / 2 * radius) / draw.norm()
-            for _ in range(steps):
-                delta = delta.detach().requires_grad_()
-                g, = torch.autograd.grad(-forward(delta).sum(), delta)
-                with torch.no_grad():
-                    delta = delta - radius / steps * g / g.norm()
-                    delta = delta * min(1.0, radius / delta.norm().item())
-                    delta = (x + delta).clamp(x.min(), x.max()) - x
-            result.append(forward(delta.detach()).sum())
-        return torch.stack(result)
+                delta = delta - radius / steps * g / g.norm()
+                delta = delta * min(1.0, radius / delta.norm().item())
+                delta = (x + delta).clamp(x.min(), x.max()) - x
+        return forward(delta.detach(), outcome)
 
 
 def normal(seed, name, count):

@@ -234,56 +234,6 @@ fn recompute_chunks_and_accumulation_change_nothing() {
     }
 }
 
-/// KL of the toy batch of `tests/golden/toy.py`, whose value is published: logits of a formula, mean over all positions.
-#[test]
-fn the_toy_divergence_is_the_published_one() {
-    let text = std::fs::read_to_string(tiny::golden("toy.json")).unwrap();
-    let toy: Value = serde_json::from_str(&text).unwrap();
-    let (rows, positions, vocab) = (2, 6, 7);
-    let logits = |which: &str| -> Vec<f64> {
-        let of: Vec<f64> = serde_json::from_value(toy["coefficients_abcd"]["retain"][which].clone()).unwrap();
-        let each = (0..rows * positions * vocab).map(|i| (i / vocab / positions, i / vocab % positions, i % vocab));
-        each.map(|(row, at, token)| of[0] + of[1] * row as f64 + of[2] * at as f64 + of[3] * token as f64)
-            .map(|angle| 2.0 * angle.sin())
-            .collect()
-    };
-    // hidden states that the final norm turns into the logits: a last element gives all rows the same length
-    let (width, square) = (vocab + 1, 100.0);
-    let hidden = |which: &str| {
-        let rows: Vec<f32> = logits(which)
-            .chunks(vocab)
-            .flat_map(|row| {
-                let rest = square - row.iter().map(|x| x * x).sum::<f64>();
-                row.iter().copied().chain([rest.sqrt()]).map(|x| x as f32).collect::<Vec<_>>()
-            })
-            .collect();
-        Tensor::from_slice(&rows).view([-1, width as i64])
-    };
-    let mut arch = tiny::architecture("llama_gqa");
-    (arch.vocab, arch.hidden, arch.norm_eps) = (vocab as i64, width as i64, 0.0);
-    let scale = (square / width as f64).sqrt();
-    let world = World::solo();
-    let (decoder, parameters) = tiny::model_from(&arch, &world, Spread::default(), Kind::Float, |piece| {
-        let options = (Kind::Float, Device::Cpu);
-        match piece.name.as_str() {
-            "model.norm.weight" => Tensor::full(&piece.size, scale, options),
-            "lm_head.weight" => Tensor::eye_m(vocab as i64, width as i64, options),
-            _ => Tensor::zeros(&piece.size, options),
-        }
-    });
-    let weights = &parameters.weights;
-    let all = Tensor::arange((rows * positions) as i64, (Kind::Int64, Device::Cpu));
-    for logits_bytes in [1e9, 100.0] {
-        let before = decoder.rows(weights, &hidden("reference"), &all, logits_bytes).normed();
-        let now = decoder.rows(weights, &hidden("current"), &all, logits_bytes);
-        let head = ReferenceHead { weight: weights.get(decoder.table.head).copy() };
-        let kl = decoder.divergence(weights, &now, &head, &before).kl;
-        let mean = f64::try_from(kl.mean(Kind::Double)).unwrap();
-        let published = toy["published"]["kl_retain_all_positions"].as_f64().unwrap();
-        assert!((mean - published).abs() < 1e-6, "{mean} instead of {published}");
-    }
-}
-
 /// Both optimizers against torch.optim in f64, with clipping: the gradients come four times too large and are scaled back.
 /// What stands in a norm's place has no weight decay.
 #[test]

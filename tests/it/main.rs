@@ -11,3 +11,4 @@ mod program;
 mod runs;
 mod structure;
 mod tiny;
+mod toy_head;

@@ -263,9 +263,25 @@ fn every_objective_matches_autograd_on_every_layout() {
     let covered: std::collections::BTreeSet<&str> =
         names.iter().map(|name| golden.json["methods"][name]["config"]["objective"].as_str().unwrap()).collect();
     for listed in unlearn::list() {
-        // fine-tuning is the retain term; the others are combinations of what is covered
-        let known = ["finetune", "idk_dpo", "altpo", "adv_rmu"].contains(&listed.name.as_str());
+        // fine-tuning is the retain term, the others are DPO with answers from elsewhere
+        let known = ["finetune", "idk_dpo", "altpo"].contains(&listed.name.as_str());
         assert!(known || covered.contains(listed.name.as_str()), "{} is in no golden step", listed.name);
+    }
+}
+
+/// Control: the numbers of one method are noticed not to be another's.
+#[test]
+fn wrong_methods_are_noticed() {
+    let mut golden = Golden::read();
+    for (name, key, value) in [
+        ("wga", "beta", 0.51),
+        ("kto_paper", "beta", 0.101),
+        ("undial", "beta", 5.1),
+        ("adv_npo", "attack_radius", 2.01),
+    ] {
+        golden.json["methods"][name]["config"][key] = value.into();
+        let noticed = std::panic::catch_unwind(|| error(&golden, name, ONE)).is_err();
+        assert!(noticed, "{name} with {key} = {value} passes for the golden one");
     }
 }
 
