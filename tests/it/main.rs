@@ -8,6 +8,7 @@ mod golden_step;
 mod layouts;
 mod methods;
 mod program;
+mod recipes;
 mod runs;
 mod structure;
 mod tiny;

@@ -160,3 +160,49 @@ fn a_path_that_is_no_file_says_what_is_there() {
     let expected = "is a folder, expected a file with one JSON object a line; it holds forget10.jsonl";
     assert!(folder.ends_with(expected), "{folder}");
 }
+
+fn pairs(text: &str, keys: &str, wanted: Wanted) -> Result<Vec<Vec<String>>, String> {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("forget.jsonl");
+    fs::write(&path, text).unwrap();
+    let mut source: Source = serde_json::from_str(&format!(r#"{{"path": "", {keys}}}"#)).unwrap();
+    source.path = path;
+    let shown = format!("{}/", folder.path().display());
+    let records = read("data.forget", &source, wanted).map_err(|e| e.to_string().replace(&shown, ""))?;
+    Ok(records.into_iter().map(|record| record.preferred).collect())
+}
+
+#[test]
+fn preferred_answers_are_found_by_kind() {
+    let preference = r#"{"prompt": "q", "chosen": "c", "rejected": "r"}"#;
+    assert_eq!(pairs(preference, r#""kind": "preference""#, Wanted::Chosen).unwrap(), [["c"]]);
+    let records = read_bytes(preference.as_bytes(), r#""kind": "preference""#).unwrap();
+    assert_eq!(records[0].content, Content::Qa { question: "q".into(), answer: "r".into() });
+
+    for answer in ["1", "\"B\"", "\"two\""] {
+        let choice = format!(r#"{{"question": "q", "choices": ["one", "two", "three"], "answer": {answer}}}"#);
+        assert_eq!(pairs(&choice, r#""kind": "choice""#, Wanted::Alternates).unwrap(), [["one", "three"]]);
+        let records = read_bytes(choice.as_bytes(), r#""kind": "choice""#).unwrap();
+        assert_eq!(records[0].content, Content::Qa { question: "q".into(), answer: "two".into() });
+    }
+    let qa = r#"{"question": "q", "answer": "a", "idk": "no idea", "alternates": ["b", "c"], "other": "d"}"#;
+    assert_eq!(pairs(qa, QA, Wanted::Alternates).unwrap(), [["b", "c"]]);
+    assert_eq!(pairs(qa, QA, Wanted::Refusal).unwrap(), [["no idea"]]);
+    let mapped = r#""kind": "qa", "fields": {"alternates": "other"}"#;
+    assert_eq!(pairs(qa, mapped, Wanted::Alternates).unwrap(), [["d"]]);
+    assert_eq!(pairs(r#"{"question": "q", "answer": "a"}"#, QA, Wanted::Refusal).unwrap(), [Vec::<String>::new()]);
+}
+
+#[test]
+fn samples_without_another_answer_are_refused() {
+    let qa = r#"{"question": "q", "answer": "a"}"#;
+    let error = pairs(qa, QA, Wanted::Alternates).unwrap_err();
+    assert!(error.contains("no field \"alternates\""), "{error}");
+    let error = pairs(qa, QA, Wanted::Chosen).unwrap_err();
+    assert!(error.starts_with("data.forget.kind is \"qa\": the method needs another answer"), "{error}");
+    let error = pairs(r#"{"text": "t"}"#, TEXT, Wanted::Refusal).unwrap_err();
+    assert!(error.contains("expected kind \"qa\", \"choice\" or \"preference\""), "{error}");
+    let choice = r#"{"question": "q", "choices": ["one", "two"], "answer": "D"}"#;
+    let error = refusal(choice, r#""kind": "choice""#);
+    assert!(error.contains("expected the index from 0, the letter or the text of one of 2 choices"), "{error}");
+}
