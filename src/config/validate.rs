@@ -37,7 +37,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
 
 fn method(config: &Config) -> Result<(), ConfigError> {
     let method = &config.method;
-    for key in method.keys_without_effect() {
+    if let Some(key) = method.keys_without_effect().into_iter().next() {
         let takers = Method::takers(&key);
         return no_effect(&format!("method.{key}"), &format!("unless {takers}"), "remove it");
     }

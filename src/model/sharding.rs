@@ -139,6 +139,13 @@ impl Table {
         }
     }
 
+    /// The first layer that backward must come to: in those before it, and in the embedding, nothing is trained.
+    pub fn first_trained_layer(&self) -> usize {
+        let trained = self.params.iter().filter(|param| param.class != Class::Frozen);
+        // unit 0 is the embedding, then two units a layer
+        trained.map(|param| param.unit.saturating_sub(1) / 2).min().unwrap_or(self.layers.len()).min(self.layers.len())
+    }
+
     /// Units of backward in forward order: embedding, then attention and MLP of each layer, then the head with the final
     /// norm. A unit's gradients are complete when its backward is done (a tied head's with the embedding).
     pub fn num_units(&self) -> usize {

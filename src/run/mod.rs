@@ -158,6 +158,9 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
         for (name, value) in trainer.method.numbers().iter().zip(&report.numbers) {
             line[name] = json!(value);
         }
+        if trainer.method.dual.is_some() {
+            line["retain_weight"] = json!(trainer.method.retain_weight);
+        }
         metrics.write(&line)?;
         tracing::debug!(step = step + 1, loss = losses.total, grad_norm = report.grad_norm, seconds = report.seconds);
         progress.advance(1, &format!("loss {:.4}  grad {:.2e}", losses.total, report.grad_norm));

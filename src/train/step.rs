@@ -449,16 +449,21 @@ fn walk(
     let adversary = look.method.adversary.filter(|_| !forget.is_empty());
     let watched = look.method.watched();
     let depth = if look.needs_head() { decoder.arch.num_layers } else { watched.unwrap_or(decoder.arch.num_layers) };
+    let first = decoder.table.first_trained_layer().min(depth);
     let mut stops: Vec<usize> =
-        [adversary.map(|adversary| adversary.edge), watched, Some(depth)].into_iter().flatten().collect();
+        [adversary.map(|adversary| adversary.edge), watched, Some(first), Some(depth)].into_iter().flatten().collect();
     stops.sort_unstable();
     stops.dedup();
     let mut walked = Walked { x: decoder.enter(weights, batch), tapes: Vec::new(), watched: None };
     let mut from = 0;
     for stop in stops {
         let x = std::mem::replace(&mut walked.x, Tensor::new());
-        let (x, tape) = decoder.through(weights, batch, x, from..stop, options.keep);
-        walked.tapes.push((from..stop, tape));
+        // backward ends at the first layer that is trained
+        let keep = if stop <= first { Keep::Nothing } else { options.keep };
+        let (x, tape) = decoder.through(weights, batch, x, from..stop, keep);
+        if stop > first {
+            walked.tapes.push((from..stop, tape));
+        }
         walked.x = match adversary.filter(|adversary| adversary.edge == stop) {
             Some(adversary) => {
                 let target = super::attack::Target {
@@ -517,5 +522,9 @@ fn walk_back(
         }
         decoder.back_through(weights, batch, tape, layers, &mut grad, sink);
     }
-    decoder.leave(batch, grad, sink);
+    if decoder.table.first_trained_layer() == 0 {
+        decoder.leave(batch, grad, sink);
+    } else {
+        sink.complete(0);
+    }
 }

@@ -124,6 +124,7 @@ impl Look<'_> {
     }
 
     /// A loss on the whole distributions of the forget rows: hands on the head's gradients and gives that of the rows.
+    #[expect(clippy::too_many_arguments, reason = "the operands of one formula")]
     pub fn distribution(
         &self,
         decoder: &Decoder,

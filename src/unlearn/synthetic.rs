@@ -191,69 +191,109 @@ impl Draw {
     }
 }
 
-/// The figure of docs/methods.md: over the steps, the distances from the retrained model; SVG.
+/// The figure of docs/methods.md: distances from the retrained model over the steps, and one over the other; SVG.
 pub fn figure(seeds: &[u64], steps: usize) -> String {
-    let mut courses: Vec<(Method, Vec<Vec<Point>>)> =
-        Method::ALL.into_iter().map(|method| (method, Vec::new())).collect();
-    for &seed in seeds {
-        let experiment = Experiment::new(seed, true);
-        for (method, runs) in &mut courses {
-            runs.push(experiment.run(*method, steps));
-        }
-    }
-    let mean = |runs: &[Vec<Point>], at: usize, of: fn(&Point) -> f64| {
-        runs.iter().map(|run| of(&run[at]).ln()).sum::<f64>() / runs.len() as f64
-    };
-    let curve = |runs: &[Vec<Point>], of: fn(&Point) -> f64| -> Vec<(f64, f64)> {
-        (0..runs[0].len()).map(|at| (runs[0][at].step as f64, mean(runs, at, of).exp())).collect()
-    };
-    type Of = fn(&Point) -> f64;
-    let panels: [(&str, Of); 3] = [
-        ("retain distance", |p| p.retain),
-        ("forget distance", |p| p.forget),
-        ("distance moved", |p| p.moved.max(1e-3)),
-    ];
+    let experiments: Vec<Experiment> = seeds.iter().map(|&seed| Experiment::new(seed, true)).collect();
+    let courses: Vec<(Method, Vec<Point>)> = Method::ALL
+        .into_iter()
+        .map(|method| {
+            let runs: Vec<Vec<Point>> = experiments.iter().map(|experiment| experiment.run(method, steps)).collect();
+            (method, geometric_mean(&runs))
+        })
+        .collect();
+    let distances = [Distance::Retain, Distance::Forget].map(|distance| Axis::logarithmic(distance, &courses));
+    let step = Axis { name: "step", low: 0.0, high: steps as f64, of: |point| point.step as f64, powers: false };
     let mut svg = String::from(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 960 330\" font-family=\"sans-serif\" font-size=\"12\">\n\
-         <rect width=\"960\" height=\"330\" fill=\"white\"/>\n",
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 960 350\" font-family=\"sans-serif\" font-size=\"12\">\n\
+         <rect width=\"960\" height=\"350\" fill=\"white\"/>\n",
     );
-    for (index, (title, of)) in panels.into_iter().enumerate() {
-        let curves: Vec<(Method, Vec<(f64, f64)>)> =
-            courses.iter().map(|(method, runs)| (*method, curve(runs, of))).collect();
-        svg += &panel(60.0 + 315.0 * index as f64, title, &curves, steps);
+    let [retain, forget] = &distances;
+    for (index, (x, y)) in [(&step, retain), (&step, forget), (forget, retain)].into_iter().enumerate() {
+        svg += &panel(60.0 + 315.0 * index as f64, x, y, &courses);
     }
     for (index, method) in Method::ALL.into_iter().enumerate() {
         let x = 300.0 + 100.0 * index as f64;
-        svg += &format!("<line x1=\"{x}\" y1=\"318\" x2=\"{}\" y2=\"318\" {}/>\n", x + 24.0, stroke(method));
-        svg += &format!("<text x=\"{}\" y=\"322\">{}</text>\n", x + 30.0, method.name());
+        svg += &format!("<line x1=\"{x}\" y1=\"338\" x2=\"{}\" y2=\"338\" {}/>\n", x + 24.0, stroke(method));
+        svg += &format!("<text x=\"{}\" y=\"342\">{}</text>\n", x + 30.0, method.name());
     }
     svg + "</svg>\n"
 }
 
-/// One set of curves with a logarithmic axis.
-fn panel(left: f64, title: &str, curves: &[(Method, Vec<(f64, f64)>)], steps: usize) -> String {
-    let (width, top, height) = (245.0, 40.0, 230.0);
-    let values = || curves.iter().flat_map(|(_, curve)| curve.iter().map(|(_, y)| y.log10()));
-    let (low, high) =
-        (values().fold(f64::INFINITY, f64::min).floor(), values().fold(f64::NEG_INFINITY, f64::max).ceil());
-    let place = |(step, y): (f64, f64)| {
-        let up = (y.log10() - low) / (high - low);
-        (left + width * step / steps as f64, top + height * (1.0 - up))
+/// Point by point over the runs.
+fn geometric_mean(runs: &[Vec<Point>]) -> Vec<Point> {
+    let mean = |at: usize, of: fn(&Point) -> f64| {
+        (runs.iter().map(|run| of(&run[at]).ln()).sum::<f64>() / runs.len() as f64).exp()
     };
+    let point = |at: usize| Point {
+        step: runs[0][at].step,
+        forget: mean(at, |p| p.forget),
+        retain: mean(at, |p| p.retain),
+        moved: mean(at, |p| p.moved),
+    };
+    (0..runs[0].len()).map(point).collect()
+}
+
+enum Distance {
+    Forget,
+    Retain,
+}
+
+/// One direction of a panel. With `powers` the numbers are exponents of 10.
+struct Axis {
+    name: &'static str,
+    low: f64,
+    high: f64,
+    of: fn(&Point) -> f64,
+    powers: bool,
+}
+
+impl Axis {
+    fn logarithmic(distance: Distance, courses: &[(Method, Vec<Point>)]) -> Self {
+        let (name, of): (_, fn(&Point) -> f64) = match distance {
+            Distance::Forget => ("forget distance", |point| point.forget.log10()),
+            Distance::Retain => ("retain distance", |point| point.retain.log10()),
+        };
+        let values = || courses.iter().flat_map(|(_, course)| course.iter().map(of));
+        let low = values().fold(f64::INFINITY, f64::min).floor();
+        Self { name, low, high: values().fold(f64::NEG_INFINITY, f64::max).ceil(), of, powers: true }
+    }
+
+    /// Where a value lies, from 0 to 1.
+    fn place(&self, value: f64) -> f64 {
+        (value - self.low) / (self.high - self.low)
+    }
+
+    /// Values to mark, and what to write there.
+    fn ticks(&self) -> Vec<(f64, String)> {
+        if self.powers {
+            (self.low as i32..=self.high as i32).map(|power| (f64::from(power), format!("1e{power}"))).collect()
+        } else {
+            (0..=4).map(|part| self.high * f64::from(part) / 4.0).map(|value| (value, format!("{value}"))).collect()
+        }
+    }
+}
+
+fn panel(left: f64, x: &Axis, y: &Axis, courses: &[(Method, Vec<Point>)]) -> String {
+    let (width, top, height) = (245.0, 40.0, 230.0);
     let bottom = top + height;
-    let mut svg = format!("<text x=\"{left}\" y=\"{}\" font-weight=\"bold\">{title}</text>\n", top - 14.0);
-    for power in low as i32..=high as i32 {
-        let (_, y) = place((0.0, 10f64.powi(power)));
-        svg += &format!("<line x1=\"{left}\" y1=\"{y:.1}\" x2=\"{}\" y2=\"{y:.1}\" stroke=\"#ddd\"/>\n", left + width);
-        svg += &format!("<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">1e{power}</text>\n", left - 6.0, y + 4.0);
+    let across = |value: f64| left + width * x.place(value);
+    let down = |value: f64| bottom - height * y.place(value);
+    let mut svg = format!("<text x=\"{left}\" y=\"{}\" font-weight=\"bold\">{}</text>\n", top - 14.0, y.name);
+    for (value, text) in y.ticks() {
+        let at = down(value);
+        svg +=
+            &format!("<line x1=\"{left}\" y1=\"{at:.1}\" x2=\"{}\" y2=\"{at:.1}\" stroke=\"#ddd\"/>\n", left + width);
+        svg += &format!("<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{text}</text>\n", left - 6.0, at + 4.0);
     }
-    for part in 0..=4 {
-        let step = steps * part / 4;
-        let (x, _) = place((step as f64, 1.0));
-        svg += &format!("<text x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\">{step}</text>\n", bottom + 18.0);
+    for (value, text) in x.ticks() {
+        let at = across(value);
+        svg += &format!("<text x=\"{at:.1}\" y=\"{}\" text-anchor=\"middle\">{text}</text>\n", bottom + 18.0);
     }
-    for (method, curve) in curves {
-        let points: Vec<String> = curve.iter().map(|&p| place(p)).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+    let middle = left + width / 2.0;
+    svg += &format!("<text x=\"{middle}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n", bottom + 36.0, x.name);
+    for (method, course) in courses {
+        let place = |point: &Point| format!("{:.1},{:.1}", across((x.of)(point)), down((y.of)(point)));
+        let points: Vec<String> = course.iter().map(place).collect();
         svg += &format!("<polyline points=\"{}\" fill=\"none\" {}/>\n", points.join(" "), stroke(*method));
     }
     svg
@@ -282,10 +322,6 @@ mod tests {
             let (ga, npo) = (course(Method::Ga), course(Method::Npo));
             let best = |course: &[Point]| *course.iter().min_by(|a, b| a.forget.total_cmp(&b.forget)).unwrap();
             let (at_ga, at_npo) = (best(&ga), best(&npo));
-            println!(
-                "seed {seed}: start {:?}; nearest: GA {at_ga:?}, NPO {at_npo:?}; end: GA {:?}, NPO {:?}",
-                ga[0], ga[80], npo[80]
-            );
             assert!((1.2..2.2).contains(&ga[0].forget) && (0.008..0.04).contains(&ga[0].retain));
             assert!(at_ga.forget < 0.1 && at_npo.forget < 0.1 && at_ga.forget / at_npo.forget < 1.5);
             assert!(ga[80].retain > 3.0 * npo[80].retain, "{:?} {:?}", ga[80], npo[80]);

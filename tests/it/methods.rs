@@ -68,6 +68,12 @@ impl Golden {
         Self { json, forget, retain }
     }
 
+    /// The tensors that are trained; all where the configuration does not say.
+    fn update(&self, name: &str) -> Vec<String> {
+        let update = &self.json["methods"][name]["config"]["update"];
+        serde_json::from_value(update.clone()).unwrap_or_else(|_| vec!["*".to_owned()])
+    }
+
     fn method(&self, name: &str) -> Method {
         let mut toml = self.json["methods"][name]["config"].clone();
         if toml["objective"] != "pdu" && toml["retain"] != "none" {
@@ -172,7 +178,9 @@ fn rank(
     let method = golden.method(name);
     let reference = SeedOne::new(golden, &method, arch, world);
     let spread = Spread { sequence_parallel: layout.sequence_parallel, ..Spread::default() };
-    let (decoder, parameters) = tiny::model(arch, world, spread, Kind::Float, 0);
+    let update = golden.update(name);
+    let (decoder, parameters) =
+        tiny::model_training(arch, world, spread, Kind::Float, &update, |piece| tiny::weights(piece, 0));
     let optimizer: config::Optimizer = serde_json::from_str(r#"{"name": "sgd", "lr": 0.1}"#).unwrap();
     let batches = Batches {
         order: Order::new(0, false, 2, 2, 2),
@@ -289,8 +297,8 @@ fn wrong_methods_are_noticed() {
 #[test]
 fn what_is_not_named_is_not_trained() {
     let arch = tiny::architecture("llama_gqa");
-    let world = World::solo();
-    let mut table = Table::new(&arch, 1, 0, false).unwrap();
+    let whole_table = Table::new(&arch, 1, 0, false).unwrap();
+    let mut table = whole_table.clone();
     table.train_only(&["model.layers.1.mlp.*".to_owned(), "model.norm.weight".to_owned()]).unwrap();
     let trained: Vec<&str> = table
         .params
@@ -299,12 +307,32 @@ fn what_is_not_named_is_not_trained() {
         .flat_map(|param| param.pieces.iter().map(|piece| piece.name.as_str()))
         .collect();
     assert_eq!(trained.len(), 4, "{trained:?}");
-    let mut other = Table::new(&arch, 1, 0, false).unwrap();
+    let mut other = whole_table.clone();
     let refusal = other.train_only(&["*.q_proj.weight".to_owned()]).unwrap_err().to_string();
     assert!(refusal.contains("names only a part of"), "{refusal}");
     let refusal = other.train_only(&["*".to_owned(), "model.layers.9.*".to_owned()]).unwrap_err().to_string();
     assert!(refusal.contains("\"model.layers.9.*\" matches no tensor"), "{refusal}");
-    drop(world);
+    assert_eq!((table.first_trained_layer(), whole_table.first_trained_layer()), (1, 0));
+}
+
+/// Training two matrices alone gives them the gradients that they have among all others, and the others none; backward does not go
+/// below them.
+#[test]
+fn a_few_trained_matrices_have_their_own_gradients() {
+    let mut golden = Golden::read();
+    let (_, all) = run(&golden, "rmu_adaptive", ONE);
+    let names = ["model.layers.2.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"];
+    golden.json["methods"]["rmu_adaptive"]["config"]["update"] = serde_json::json!(names);
+    for layout in LAYOUTS {
+        let (_, few) = run(&golden, "rmu_adaptive", layout);
+        for (name, gradient) in &few {
+            if names.contains(&name.as_str()) {
+                assert!(tiny::relative(gradient, &all[name]) < 1e-5, "{name} on {layout:?}");
+            } else {
+                assert_eq!(gradient.abs().max().double_value(&[]), 0.0, "{name} on {layout:?}");
+            }
+        }
+    }
 }
 
 /// The dual variable waits, rises while the retain loss is above its bound, falls below it to no less than 0, and survives a

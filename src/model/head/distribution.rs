@@ -135,7 +135,6 @@ impl Decoder {
     }
 
     /// Pass 2: as [`Decoder::scores_backward`] with `weight` = dloss/d(loss of a row).
-    #[expect(clippy::too_many_arguments, reason = "the operands of one formula")]
     pub fn distribution_backward(
         &self,
         weights: &Weights,
