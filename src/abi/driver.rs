@@ -352,6 +352,11 @@ impl Drop for Event {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
+    use super::super::module::{Argument, Grid, Module, Resources};
+    use super::super::nvrtc::Image;
+    use super::super::tests::{is_behind_fake_driver, rerun_behind_fake_driver};
     use super::*;
 
     /// Without a driver every call says so; with one, the first device answers.
@@ -368,6 +373,68 @@ mod tests {
                 assert!(error.to_string().contains("libcuda.so.1") || error.to_string().contains("cuInit"), "{error}");
                 assert_eq!(Event::new(0, true).err(), Some(error));
             }
+        }
+    }
+
+    /// Every call against the declarations of cuda.h, in a process where a driver without a GPU takes the real one's place.
+    #[test]
+    fn calls_are_as_cuda_h_declares_them() {
+        if !is_behind_fake_driver() {
+            rerun_behind_fake_driver("abi::driver::tests::calls_are_as_cuda_h_declares_them");
+            return;
+        }
+        assert_eq!((version(), device_count()), (Ok((13, 1)), Ok(2)));
+        let second = Device { name: "Second fake".into(), capability: (8, 6), memory: 80 << 30, multiprocessors: 132 };
+        assert_eq!(device(1), Ok(second));
+        assert_eq!(device(2), Err(Error::Device { device: 2, count: 2 }));
+        assert_eq!(identity(1), Ok("a1".repeat(16)));
+        assert_eq!((memory_info(0), memory_info(1), memory_info(0)), (Ok((10, 100)), Ok((20, 100)), Ok((10, 100))));
+
+        let stream = Stream::current(1).unwrap();
+        assert_eq!((stream.raw() as usize, stream.device()), (0x501, 1));
+        assert_eq!(Stream::current(5), Err(Error::Stream { device: 5, code: 1 }));
+        stream.synchronize().unwrap();
+
+        // SAFETY: the fake driver's own function.
+        let live = unsafe { library::loaded_function::<extern "C" fn() -> i32>("fake_live_events") }.unwrap();
+        let (start, end) = (Event::new(1, true).unwrap(), Event::new(1, true).unwrap());
+        let untimed = Event::new(0, false).unwrap();
+        let error = stream.wait(&start).unwrap_err().to_string();
+        assert_eq!(error, "cuStreamWaitEvent: CUDA_ERROR_INVALID_VALUE (1), as the fake driver says");
+        for event in [&start, &end] {
+            event.record(stream).unwrap();
+        }
+        stream.wait(&end).unwrap();
+        assert_eq!((end.is_done(), end.is_done()), (Ok(false), Ok(true)));
+        end.synchronize().unwrap();
+        assert_eq!(end.elapsed_ms_since(&start), Ok(1.5));
+        assert!(matches!(end.elapsed_ms_since(&untimed), Err(Error::Call { code: 400, .. })));
+        assert_eq!(live(), 3);
+        drop((start, end, untimed));
+        assert_eq!(live(), 0);
+
+        let image = |bytes: &[u8], symbol: &str| Image {
+            architecture: "sm_86".into(),
+            bytes: bytes.to_vec(),
+            names: HashMap::from([("probe<float>".to_owned(), symbol.to_owned())]),
+            log: String::new(),
+        };
+        let error = Module::load(1, &image(b"PTX\0", "probe")).err().unwrap().to_string();
+        assert!(error.contains("CUDA_ERROR_INVALID_PTX (218):\nno machine code"), "{error}");
+        let error = Module::load(1, &image(b"\x7fELF", "missing")).err().unwrap().to_string();
+        assert!(error.starts_with("cuModuleGetFunction: CUDA_ERROR_NOT_FOUND (500)"), "{error}");
+        let module = Module::load(1, &image(b"\x7fELF", "probe")).unwrap();
+        assert_eq!(module.resources("probe<float>"), Ok(Some(Resources { registers: 40, shared: 4096, local: 0 })));
+        assert_eq!(module.resources("other"), Ok(None));
+        memory_info(0).unwrap(); // another device is current
+        for shared in [0, 64 << 10, 96 << 10, 64 << 10] {
+            let mut out = [0i64; 8];
+            // the address as a number: there are no tensors on this device
+            let address = Argument::Int(out.as_mut_ptr() as i64);
+            let arguments = [address, Argument::Int(-7), Argument::Float(2.5), Argument::Absent];
+            let grid = Grid { blocks: 70_000, threads: 256, shared };
+            module.launch("probe<float>", grid, stream, &arguments).unwrap();
+            assert_eq!(out, [-7, 2500, 0, 70_000, 256, shared as i64, 0x501, 0x1001]);
         }
     }
 }

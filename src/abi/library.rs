@@ -23,8 +23,12 @@ impl Library {
     ///
     /// The libraries opened here are the vendor's own (CUDA) or made by the tests: their initialisers are trusted.
     pub fn open(candidates: &[PathBuf]) -> Result<Self, Error> {
-        let mut reasons = Vec::new();
+        let (mut reasons, mut absent) = (Vec::new(), Vec::new());
         for candidate in candidates {
+            if candidate.is_absolute() && !candidate.exists() {
+                absent.push(candidate.display().to_string());
+                continue;
+            }
             // SAFETY: loading runs the library's initialisers; see above.
             match unsafe { libloading::Library::new(candidate) } {
                 Ok(handle) => return Ok(Self { name: candidate.display().to_string(), handle }),
@@ -37,6 +41,10 @@ impl Library {
             }
         }
         let library = candidates.first().map_or_else(String::new, |path| path.display().to_string());
+        if !absent.is_empty() {
+            let words = if reasons.is_empty() { "there is no" } else { "nor is there" };
+            reasons.push(format!("{words} {}", absent.join(", ")));
+        }
         Err(Error::Open { library, reasons: reasons.join("; ") })
     }
 

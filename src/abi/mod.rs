@@ -16,8 +16,11 @@ pub mod mpi;
 pub mod nccl;
 pub mod nvrtc;
 pub mod parallel;
+pub mod signals;
 pub mod slices;
 pub mod storage;
+#[cfg(test)]
+pub mod tests;
 pub mod torch_cuda;
 pub mod upload;
 

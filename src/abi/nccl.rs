@@ -385,7 +385,7 @@ mod tests {
     #[test]
     fn a_library_that_is_nowhere_is_told_with_every_place() {
         let text = load(&["/nowhere/libnccl.so.2".into(), "/elsewhere/libnccl.so.2".into()]).err().unwrap();
-        assert!(text.contains("/nowhere/libnccl.so.2") && text.contains("; /elsewhere/libnccl.so.2"), "{text}");
+        assert!(text.contains("/nowhere/libnccl.so.2") && text.contains(", /elsewhere/libnccl.so.2"), "{text}");
     }
 
     /// Against the wheel that `launch/test` installs; NCCL answers these calls without a GPU.

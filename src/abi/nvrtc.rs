@@ -69,8 +69,9 @@ pub fn candidates() -> Vec<PathBuf> {
     let names = ["libnvrtc.so.13", "libnvrtc.so.12"];
     let mut found: Vec<PathBuf> = names.iter().map(PathBuf::from).collect();
     if let Some(lib) = library::folder_of("libtorch_cpu.so") {
-        for folder in ["../../nvidia/cu13/lib", "../../nvidia/cuda_nvrtc/lib", "."] {
-            found.extend(names.iter().map(|name| lib.join(folder).join(name)));
+        let packages = lib.ancestors().nth(2).unwrap_or(&lib);
+        for folder in [packages.join("nvidia/cu13/lib"), packages.join("nvidia/cuda_nvrtc/lib"), lib.clone()] {
+            found.extend(names.iter().map(|name| folder.join(name)));
         }
     }
     found

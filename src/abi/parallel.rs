@@ -73,10 +73,9 @@ pub trait Output: Sync {
     /// None where there is nothing to write.
     fn count(&self) -> Option<usize>;
 
-    /// One chunk to write.
-    ///
     /// # Safety
-    /// Every index below the count is used at most once in the output's life.
+    ///
+    /// Every index is below the count and used once in the output's life.
     unsafe fn chunk(&self, index: usize) -> Self::Chunk;
 }
 

@@ -96,7 +96,12 @@ unsafe extern "C" {
 }
 
 fn load_from(path: &Path) -> Result<Functions, String> {
-    let library = Library::open_global(path).map_err(|error| error.to_string())?;
+    let library = Library::open_global(path).map_err(|error| match error {
+        library::Error::Open { reasons, .. } => {
+            format!("{} cannot be loaded: {reasons}", path.file_name().unwrap_or_default().to_string_lossy())
+        }
+        error => error.to_string(),
+    })?;
     let words = |error: library::Error| format!("{error}; expected libtorch 2.11");
     // SAFETY: the types are those of libtorch 2.11's headers (stable/c/shim.h, aoti_torch/c/shim.h, generated/c_shim_cuda.h); the
     // library stays open for the life of the process.
@@ -273,7 +278,8 @@ mod tests {
     #[test]
     fn a_library_that_is_not_there_is_told_with_its_path() {
         let text = load_from(Path::new("/nowhere/libtorch_cuda.so")).err().unwrap();
-        assert!(text.starts_with("cannot open /nowhere/libtorch_cuda.so: ") && text.contains("No such file"), "{text}");
+        assert!(text.starts_with("libtorch_cuda.so cannot be loaded: /nowhere/libtorch_cuda.so: "), "{text}");
+        assert!(text.contains("No such file"), "{text}");
     }
 
     #[test]

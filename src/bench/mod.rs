@@ -1,10 +1,13 @@
 //! How fast a whole unlearning step is on this machine, against the machine's own matrix products: `dunlearn bench step` for the
-//! ranks that are there, `dunlearn bench rank` for one rank of a mesh that is not.
+//! ranks that are there, `dunlearn bench rank` for one rank of a mesh that is not; and whether devices and layouts compute what
+//! one CPU computes: `dunlearn check`.
 
+mod check;
 mod rank;
 mod rate;
 mod step;
 
+pub use check::{Check, Line, check, text as check_text};
 pub use rank::{RankBench, RankResult, Traffic, rank, summarise};
 pub use rate::matrix_rate;
 pub use step::{StepBench, StepResult, step};

@@ -45,7 +45,7 @@ pub struct StepResult {
     /// Of the whole job.
     pub tokens_per_step: usize,
     pub tokens_per_second: f64,
-    /// Arithmetic of forward and backward without recomputation, all ranks. Unit: operations a step.
+    /// Arithmetic of forward and backward without recomputation, of all ranks that are there. Unit: operations a step.
     pub flops_per_step: f64,
     /// Unit: operations a second, all ranks.
     pub flops_per_second: f64,
@@ -134,9 +134,9 @@ pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Re
     let mut highest = [host::peak_resident_bytes() as f64, device_bytes as f64, median(&seconds)];
     world.world.all_reduce_f64(&mut highest, Reduce::Max);
     let [peak_rss, device_bytes, seconds_per_step] = highest;
-    // a rank that runs alone has added up nothing
-    let matrix_rate = if world.planned { matrix_rate * ranks as f64 } else { sums[0] };
-    let flops = operations(&bench.arch, &batches, WARM_UP);
+    // a rank that runs alone has added up nothing, and speaks for itself
+    let (matrix_rate, share) = if world.planned { (matrix_rate, 1.0 / ranks as f64) } else { (sums[0], 1.0) };
+    let flops = share * operations(&bench.arch, &batches, WARM_UP);
     let tokens = batches.step(WARM_UP, world.mesh).tokens;
     let (weights, masters) = trainer.parameters.bytes();
     let memory = [

@@ -47,7 +47,8 @@ pub fn export(
     mut progress: impl FnMut(),
 ) -> Result<(), CheckpointError> {
     let outgoing = plan(tables, options.kind);
-    let files = split(&outgoing, options.max_shard_bytes);
+    let specs: Vec<Spec> = outgoing.iter().map(|tensor| tensor.spec.clone()).collect();
+    let files = split(&specs, options.max_shard_bytes);
     let partial = options.target.with_extension("partial");
     if world.is_first() {
         let create = |source| CheckpointError::Write { path: partial.clone(), source };
@@ -60,9 +61,7 @@ pub fn export(
     let mut open = None::<(ParamId, Tensor)>;
     for (index, range) in files.iter().enumerate() {
         let name = file_name(index, files.len());
-        let specs: Vec<Spec> = outgoing[range.clone()].iter().map(|tensor| tensor.spec.clone()).collect();
-        let metadata = [("format", "pt")];
-        let create = || Writer::create(&partial.join(&name), &specs, &metadata);
+        let create = || Writer::create(&partial.join(&name), &specs[range.clone()], &[("format", "pt")]);
         let mut writer = world.is_first().then(create).transpose()?;
         for tensor in &outgoing[range.clone()] {
             if open.as_ref().is_none_or(|(id, _)| *id != tensor.param) {
@@ -83,7 +82,7 @@ pub fn export(
     }
     if world.is_first() {
         if files.len() > 1 {
-            write_index(&partial, &outgoing, &written)?;
+            write_index(&partial, &specs, &written)?;
         }
         copy_companions(options, &partial)?;
         // fails on a folder that is there and not empty: what stood there before the run was cleared at its start
@@ -118,17 +117,17 @@ fn plan(tables: &[Table], kind: Kind) -> Vec<Outgoing> {
 }
 
 /// Consecutive tensors a file, each file at most `max_bytes` unless a single tensor is larger.
-fn split(outgoing: &[Outgoing], max_bytes: usize) -> Vec<std::ops::Range<usize>> {
+pub(super) fn split(specs: &[Spec], max_bytes: usize) -> Vec<std::ops::Range<usize>> {
     let mut files = Vec::new();
     let (mut start, mut bytes) = (0, 0);
-    for (index, tensor) in outgoing.iter().enumerate() {
-        if index > start && bytes + tensor.spec.bytes() > max_bytes {
+    for (index, spec) in specs.iter().enumerate() {
+        if index > start && bytes + spec.bytes() > max_bytes {
             files.push(start..index);
             (start, bytes) = (index, 0);
         }
-        bytes += tensor.spec.bytes();
+        bytes += spec.bytes();
     }
-    files.push(start..outgoing.len());
+    files.push(start..specs.len());
     files
 }
 
@@ -163,7 +162,7 @@ fn assemble(tensor: &Outgoing, values: &Tensor, kind: Kind, world: &World) -> Op
     Some(whole)
 }
 
-fn file_name(index: usize, count: usize) -> String {
+pub(super) fn file_name(index: usize, count: usize) -> String {
     if count == 1 {
         "model.safetensors".to_owned()
     } else {
@@ -171,12 +170,12 @@ fn file_name(index: usize, count: usize) -> String {
     }
 }
 
-fn write_index(
+pub(super) fn write_index(
     folder: &Path,
-    outgoing: &[Outgoing],
+    specs: &[Spec],
     written: &BTreeMap<String, String>,
 ) -> Result<(), CheckpointError> {
-    let total: usize = outgoing.iter().map(|tensor| tensor.spec.bytes()).sum();
+    let total: usize = specs.iter().map(Spec::bytes).sum();
     let index = json!({ "metadata": { "total_size": total }, "weight_map": written });
     let path = folder.join("model.safetensors.index.json");
     let text = serde_json::to_string_pretty(&index).expect("invariant: the index is JSON");
@@ -184,7 +183,7 @@ fn write_index(
 }
 
 /// Copies what belongs to a model besides its weights; config.json gets the kind of the written weights.
-fn copy_companions(options: &ExportOptions, target: &Path) -> Result<(), CheckpointError> {
+pub(super) fn copy_companions(options: &ExportOptions, target: &Path) -> Result<(), CheckpointError> {
     let read = |path: &Path, source| CheckpointError::Read { path: path.to_owned(), source };
     for entry in std::fs::read_dir(options.source).map_err(|e| read(options.source, e))? {
         let path = entry.map_err(|e| read(options.source, e))?.path();

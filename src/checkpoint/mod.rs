@@ -1,13 +1,19 @@
 //! Weights on disk: Hugging Face folders in and out, as named slices; no layout reaches the files.
 
+mod convert;
 mod error;
 mod export;
 mod folder;
 mod random;
+pub mod slices;
+pub mod state;
+pub mod store;
 mod tensor_file;
 
+pub use convert::{TensorDifference, convert, difference};
 pub use error::CheckpointError;
 pub use export::{ExportOptions, export};
 pub use folder::Folder;
 pub use random::write_random;
-pub use tensor_file::{Reader, Spec, Writer};
+pub use store::{Manifest, Saved, StateFile, Store};
+pub use tensor_file::{Reader, Spec, Writer, Written};

@@ -38,6 +38,16 @@ pub struct Writer {
     file: BufWriter<File>,
     /// Bytes that the header promises and that are still to come.
     missing: usize,
+    /// Of everything so far, for a file whose digest is asked for.
+    hasher: Option<blake3::Hasher>,
+}
+
+/// A file that is complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    pub bytes: u64,
+    /// BLAKE3 of all bytes, in hex.
+    pub digest: String,
 }
 
 impl Writer {
@@ -45,6 +55,20 @@ impl Writer {
     ///
     /// `metadata`: text for the header. Keys are written in the order given, so equal input makes equal bytes.
     pub fn create(path: &Path, specs: &[Spec], metadata: &[(&str, &str)]) -> Result<Self, CheckpointError> {
+        Self::start(path, specs, metadata, None)
+    }
+
+    /// As [`Self::create`], for [`Self::finish_with_digest`].
+    pub fn create_with_digest(path: &Path, specs: &[Spec], metadata: &[(&str, &str)]) -> Result<Self, CheckpointError> {
+        Self::start(path, specs, metadata, Some(blake3::Hasher::new()))
+    }
+
+    fn start(
+        path: &Path,
+        specs: &[Spec],
+        metadata: &[(&str, &str)],
+        hasher: Option<blake3::Hasher>,
+    ) -> Result<Self, CheckpointError> {
         let mut header = Map::new();
         let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value)));
         header.insert("__metadata__".to_owned(), Value::Object(metadata.collect()));
@@ -60,10 +84,11 @@ impl Writer {
         header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
         let temporary = path.with_extension("safetensors.partial");
         let write = |source| CheckpointError::Write { path: temporary.clone(), source };
-        let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(write)?);
-        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(write)?;
-        file.write_all(header.as_bytes()).map_err(write)?;
-        Ok(Self { path: path.to_owned(), temporary, file, missing: offset })
+        let file = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(write)?);
+        let mut writer = Self { path: path.to_owned(), temporary, file, missing: offset, hasher };
+        writer.put(&(header.len() as u64).to_le_bytes())?;
+        writer.put(header.as_bytes())?;
+        Ok(writer)
     }
 
     /// Appends a contiguous tensor, or a part of one.
@@ -74,7 +99,23 @@ impl Writer {
     pub fn append_bytes(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
         assert!(bytes.len() <= self.missing, "invariant: not more bytes than the header says");
         self.missing -= bytes.len();
+        self.put(bytes)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(bytes);
+        }
         self.file.write_all(bytes).map_err(|source| CheckpointError::Write { path: self.temporary.clone(), source })
+    }
+
+    /// As [`Self::finish`]; gives size and digest.
+    pub fn finish_with_digest(self) -> Result<Written, CheckpointError> {
+        let digest = self.hasher.as_ref().map(|hasher| hasher.finalize().to_hex().to_string()).unwrap_or_default();
+        let path = self.path.clone();
+        self.finish()?;
+        let bytes = std::fs::metadata(&path).map_err(|source| CheckpointError::Read { path, source })?.len();
+        Ok(Written { bytes, digest })
     }
 
     /// Completes the file: everything on disk, under its final name.
@@ -114,6 +155,23 @@ impl Reader {
         self.header.metadata().as_ref()?.get(key).map(String::as_str)
     }
 
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A stored tensor's bytes, which are all inside the file, and its type.
+    pub fn bytes(&self, name: &str) -> Result<(&[u8], safetensors::Dtype), CheckpointError> {
+        let refuse = |reason: &str| CheckpointError::Tensor {
+            path: self.path.clone(),
+            name: name.to_owned(),
+            reason: reason.to_owned(),
+        };
+        let info = self.header.info(name).ok_or_else(|| refuse("is missing"))?;
+        let (start, end) = info.data_offsets;
+        let bytes = self.map.get(self.data + start..self.data + end);
+        bytes.map(|bytes| (bytes, info.dtype)).ok_or_else(|| refuse("lies behind the end of the file"))
+    }
+
     /// A read-only tensor over the mapped bytes.
     pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
         let refuse =
@@ -135,6 +193,7 @@ fn dtype(kind: Kind) -> &'static str {
         Kind::Float => "F32",
         Kind::BFloat16 => "BF16",
         Kind::Half => "F16",
+        Kind::Uint8 => "U8",
         other => panic!("invariant: tensors are not stored as {other:?}"),
     }
 }

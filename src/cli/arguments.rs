@@ -41,6 +41,15 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: BenchVerb,
     },
+    /// Compare this machine's devices, or the ranks of a launcher, with one CPU: losses, gradients and weights of small models
+    Check(CheckOptions),
+    /// Write the model of a run's checkpoint as a Hugging Face folder; under a launcher all ranks write files
+    Export(ExportOptions),
+    /// List, verify and compare checkpoints
+    Checkpoint {
+        #[command(subcommand)]
+        verb: CheckpointVerb,
+    },
     /// Make data
     Data {
         #[command(subcommand)]
@@ -69,6 +78,9 @@ pub(super) struct RunOptions {
     /// Replace a finished run in the same run folder
     #[arg(long)]
     pub(super) overwrite: bool,
+    /// Go on from a checkpoint although settings, model or data differ from those that it was made with; says which
+    #[arg(long, conflicts_with = "overwrite")]
+    pub(super) force_resume: bool,
     /// Progress bars, plain lines, or nothing; auto: bars on a terminal, or where DUNLEARN_PROGRESS=bar is set (mpirun hides
     /// the terminal; launch/mpirun sets it)
     #[arg(long, value_enum, default_value_t = ProgressChoice::Auto)]
@@ -76,7 +88,7 @@ pub(super) struct RunOptions {
     /// Log lines for people or for machines
     #[arg(long, value_enum, default_value_t = LogChoice::Text)]
     pub(super) log_format: LogChoice,
-    /// Let a rank fail: panic|error|kill|hang@load|step|eval|export:RANK
+    /// Let a rank fail: panic|error|kill|hang@load|step|eval|save|export:RANK
     #[arg(long, value_name = "FAULT", hide = true)]
     pub(super) fault: Option<Fault>,
 }
@@ -190,6 +202,85 @@ pub(super) struct LoadOptions {
     /// Let several ranks share a GPU
     #[arg(long)]
     pub(super) allow_shared_gpu: bool,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportOptions {
+    /// Run folder
+    pub(super) run: PathBuf,
+    /// Step of the checkpoint; the newest by default
+    #[arg(long)]
+    pub(super) step: Option<usize>,
+    /// Folder to write; RUN/export_STEP by default
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: Option<PathBuf>,
+    /// As export.dtype: same, bf16, f16 or f32; by default what the run's configuration says
+    #[arg(long, value_parser = word::<config::ExportDtype>)]
+    pub(super) dtype: Option<config::ExportDtype>,
+    /// Largest weight file, such as 5GB or 500MiB; by default what the run's configuration says
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) max_shard_size: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum CheckpointVerb {
+    /// List a run's checkpoints
+    Ls { run: PathBuf },
+    /// Read every byte: digests of the files, and every element of every tensor there once
+    Verify {
+        run: PathBuf,
+        /// Step of the checkpoint; all by default
+        #[arg(long)]
+        step: Option<usize>,
+    },
+    /// Compare the weights of two checkpoints tensor by tensor
+    Diff {
+        /// Folder such as RUN/checkpoints/step_000100
+        first: PathBuf,
+        second: PathBuf,
+    },
+}
+
+/// Bytes of `5GB`, `500MiB` or plain bytes.
+fn size(text: &str) -> Result<usize, String> {
+    let at = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1048576.0,
+        "gib" => 1073741824.0,
+        other => return Err(format!("{other:?} is no unit; write B, KB, MB, GB, KiB, MiB or GiB")),
+    };
+    let bytes = number.parse::<f64>().map_err(|error| error.to_string())? * factor;
+    if bytes >= 1.0 { Ok(bytes as usize) } else { Err("expected at least one byte".to_owned()) }
+}
+
+/// Run it alone for one device, or under a launcher for a layout.
+#[derive(Debug, Args)]
+pub(super) struct CheckOptions {
+    /// As run.device: auto, cpu or cuda
+    #[arg(long, default_value = "auto", value_parser = word::<config::Device>)]
+    pub(super) device: config::Device,
+    #[arg(long, default_value_t = 1)]
+    pub(super) tp: usize,
+    #[arg(long)]
+    pub(super) sequence_parallel: bool,
+    /// Keep whole optimizer states on every data-parallel rank
+    #[arg(long)]
+    pub(super) no_zero: bool,
+    /// Let several ranks share a GPU
+    #[arg(long)]
+    pub(super) allow_shared_gpu: bool,
+    /// Deadline of one wait for the other ranks, in seconds
+    #[arg(long, default_value_t = 120)]
+    pub(super) timeout: u64,
     /// Print JSON instead of a table
     #[arg(long)]
     pub(super) json: bool,

@@ -3,8 +3,11 @@
 use std::io::Write;
 use std::os::unix::process::parent_id;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
+
+use crate::run::MemoryWords;
 
 /// Exit code after a panic.
 const EXIT_PANIC: i32 = 101;
@@ -13,7 +16,35 @@ const EXIT_TIMEOUT: i32 = 102;
 /// Exit code after the launcher has died.
 const EXIT_ORPHAN: i32 = 103;
 
+/// Exit code after a device ran out of memory: trying again changes nothing.
+const EXIT_MEMORY: i32 = 104;
+
+/// Exit code of a rank without MPI after another rank has broken off.
+const EXIT_LOSS: i32 = 105;
+
+/// Exit code of a run that was asked to stop and has saved its state: start it again (`EX_TEMPFAIL` of sysexits.h).
+const EXIT_AGAIN: u8 = 75;
+
+static CODE: AtomicU8 = AtomicU8::new(0);
+
+/// Lets the process end with the code that says "run me again", once MPI is finalised.
+pub(super) fn to_be_continued() -> anyhow::Result<()> {
+    CODE.store(EXIT_AGAIN, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The exit code where nothing went wrong.
+pub(super) fn code() -> ExitCode {
+    ExitCode::from(CODE.load(Ordering::Relaxed))
+}
+
 static JSON: AtomicBool = AtomicBool::new(false);
+static MEMORY: OnceLock<MemoryWords> = OnceLock::new();
+
+/// From here on a message about a lack of memory says what the memory is for and what to change.
+pub(super) fn explain_memory(words: &MemoryWords) {
+    let _ = MEMORY.set(words.clone());
+}
 
 /// From here on the last message is a JSON object as the log lines are.
 pub(super) fn speak_json() {
@@ -46,16 +77,37 @@ pub(super) fn on_panic_end_the_job(rank: usize) {
         let first = text.split("Exception raised from").next().unwrap_or(text).trim();
         let place = info.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
         tracing::debug!("panic: {text}");
+        if first.contains("out of memory") {
+            say_now(rank, &out_of_memory(first, &MEMORY.get().map(MemoryWords::get).unwrap_or_default()));
+            abort_job(EXIT_MEMORY);
+            std::process::exit(EXIT_MEMORY);
+        }
         say_now(rank, &format!("{first}{place}"));
         abort_job(EXIT_PANIC);
         std::process::exit(EXIT_PANIC);
     }));
 }
 
+/// libtorch's word for what it tried, and ours for why there was no room.
+fn out_of_memory(text: &str, words: &str) -> String {
+    // "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+    let from = text.find("CUDA out of memory").unwrap_or(0);
+    let tried: Vec<&str> = text[from..].split(". ").take(2).collect();
+    let tried = tried.join(". ");
+    if words.is_empty() { tried } else { format!("{tried}: {words}") }
+}
+
 /// What the watchdog does when a deadline has passed; it runs on its own thread and must not call MPI.
 pub(super) fn on_timeout(rank: usize, message: &str) {
     say_now(rank, message);
     std::process::exit(EXIT_TIMEOUT);
+}
+
+/// What a rank without MPI does when another one has broken off: it ends too, once whatever it has to say itself is said.
+pub(super) fn on_loss(rank: usize, peer: usize) {
+    std::thread::sleep(Duration::from_secs(3));
+    say_now(rank, &format!("rank {peer} has broken off"));
+    std::process::exit(EXIT_LOSS);
 }
 
 /// Ends this process when the launcher that started it is gone.
@@ -119,3 +171,19 @@ fn abort_job(code: i32) {
 
 #[cfg(not(feature = "mpi"))]
 fn abort_job(_: i32) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lack_of_memory_is_told_with_what_helps() {
+        let torch = "called `Result::unwrap()` on an `Err` value: Torch(\"CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a \
+                     total capacity of 139.80 GiB of which 1.10 GiB is free. Including non-PyTorch memory";
+        let text = out_of_memory(torch, "the device's 139.80 GiB hold weights 16.00 GiB");
+        assert_eq!(
+            text,
+            "CUDA out of memory. Tried to allocate 2.00 GiB: the device's 139.80 GiB hold weights 16.00 GiB"
+        );
+    }
+}

@@ -6,6 +6,8 @@
 
 mod arguments;
 mod bench;
+mod check;
+mod checkpoint;
 mod device;
 mod ending;
 mod launch;
@@ -18,7 +20,7 @@ use std::time::Instant;
 use arguments::{Arguments, BenchVerb, ConfigVerb, DataVerb, Verb};
 use clap::Parser;
 
-use crate::checkpoint;
+use crate::checkpoint::write_random;
 use crate::config;
 use crate::data::synth;
 use crate::model::families;
@@ -58,10 +60,13 @@ pub fn main() -> ExitCode {
         Some(Verb::Methods(options)) => methods::methods(&options),
         Some(Verb::Bench { verb: BenchVerb::Step(options) }) => bench::step(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),
+        Some(Verb::Check(options)) => check::check(&options, &launched),
+        Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
+        Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => ending::code(),
         Err(error) => ending::refuse(launched.rank, &ending::in_words(&error)),
     }
 }
@@ -75,7 +80,7 @@ fn write_synth(options: &arguments::SynthOptions) -> anyhow::Result<()> {
     let summary = synth::write(&options.out, &options.into())?;
     let model = options.out.join("model");
     if options.weights {
-        checkpoint::write_random(&model, &families::read(&model)?, options.seed)?;
+        write_random(&model, &families::read(&model)?, options.seed)?;
     }
     println!(
         "{}: {} fictional authors, {} questions; {} to forget, {} to keep; model/ holds a tokenizer of {} tokens and a config.json{}",

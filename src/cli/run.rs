@@ -9,10 +9,10 @@ use super::arguments::{LogChoice, ProgressChoice, RunOptions};
 use super::device;
 use super::ending;
 use super::launch::Launched;
-use crate::abi::host;
+use crate::abi::{host, signals};
 use crate::config::{self, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
-use crate::run::{self, Context};
+use crate::run::{self, Context, MemoryWords, Outcome};
 use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
 
 pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
@@ -49,10 +49,28 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     let device::Chosen { world, device, about } = chosen;
     let console = Console::new(progress_mode(options.progress, launched.rank, format));
     let log = start_log(world.mesh.rank, world.mesh.world(), format, &console);
-    let (overwrite, fault, mpi_version) = (options.overwrite, options.fault, ranks.version());
-    let context = Context { world, device, about_device: about, console, log, started, overwrite, mpi_version, fault };
-    let summary = tch::no_grad(|| run::run(&config, context));
-    summary.map(drop).map_err(Into::into)
+    let (overwrite, force_resume) = (options.overwrite, options.force_resume);
+    let (fault, mpi_version) = (options.fault, ranks.version());
+    let memory_words = MemoryWords::default();
+    ending::explain_memory(&memory_words);
+    let context = Context {
+        memory_words,
+        world,
+        device,
+        about_device: about,
+        console,
+        log,
+        started,
+        overwrite,
+        force_resume,
+        mpi_version,
+        fault,
+    };
+    signals::note_requests();
+    match tch::no_grad(|| run::run(&config, context))? {
+        Outcome::Finished(_) => Ok(()),
+        Outcome::Stopped => ending::to_be_continued(),
+    }
 }
 
 /// How long ranks without MPI wait for each other at the start.
@@ -70,7 +88,9 @@ impl Ranks {
     pub(super) fn start(launched: &Launched) -> anyhow::Result<Self> {
         if let Some(meeting) = &launched.meeting {
             ending::with_the_launcher(launched.rank);
-            return Peers::connect(meeting, GATHERING).map(Self::Tcp).map_err(anyhow::Error::msg);
+            let rank = launched.rank;
+            let on_loss = move |peer| ending::on_loss(rank, peer);
+            return Peers::connect(meeting, GATHERING, on_loss).map(Self::Tcp).map_err(anyhow::Error::msg);
         }
         if !launched.by_mpi && launched.world > 1 {
             bail!(

@@ -45,6 +45,11 @@ pub fn to_toml(config: &Config) -> String {
     toml::to_string(config).expect("invariant: a configuration can be written as TOML")
 }
 
+/// The resolved configuration as JSON.
+pub fn to_json(config: &Config) -> serde_json::Value {
+    serde_json::to_value(config).expect("invariant: a configuration is JSON")
+}
+
 /// Digest of the resolved configuration: 16 hexadecimal digits. The run folder and thread count do not enter.
 pub fn digest(config: &Config) -> String {
     let mut config = config.clone();

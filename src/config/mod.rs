@@ -13,6 +13,6 @@ mod words;
 
 pub use data::{Fields, Kind, Source, Template, TemplateName};
 pub use error::ConfigError;
-pub use load::{digest, from_file, from_str, json_schema, to_toml};
+pub use load::{digest, from_file, from_str, json_schema, to_json, to_toml};
 pub use method::*;
 pub use schema::*;

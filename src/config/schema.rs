@@ -26,6 +26,8 @@ pub struct Config {
     #[serde(default)]
     pub schedule: Schedule,
     #[serde(default)]
+    pub checkpoint: Checkpoint,
+    #[serde(default)]
     pub eval: Eval,
     #[serde(default)]
     pub export: Export,
@@ -322,6 +324,41 @@ pub enum Warmup {
     Epochs(f64),
     /// Fraction of all steps, in [0, 1).
     Fraction(f64),
+}
+
+/// The state of the run in `DIR/checkpoints`, from which it goes on after a stop: on SIGTERM, SIGUSR1 or a file `STOP` in the run
+/// folder a run saves, ends with exit code 75, and goes on when it is started again, on any number of ranks. A file `SAVE` saves only.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Checkpoint {
+    /// Save every so many steps; 0 means only when the run is asked to stop. Unit: steps.
+    pub every: usize,
+    /// Keep so many of the newest checkpoints; 0 keeps all.
+    pub keep_last: usize,
+    /// Keep besides those of every so many steps; 0 means none. Unit: steps.
+    pub keep_every: usize,
+    /// Write while training goes on; costs host memory for a copy of the rank's state.
+    #[serde(rename = "async")]
+    pub background: bool,
+    /// Save what the optimizer remembers; without it a run goes on with moments of 0.
+    pub save_optimizer: bool,
+    /// `auto` goes on from the newest checkpoint where there is one; `must` refuses to start without; `never` starts anew.
+    pub resume: Resume,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self { every: 0, keep_last: 2, keep_every: 0, background: true, save_optimizer: true, resume: Resume::Auto }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Resume {
+    #[default]
+    Auto,
+    Must,
+    Never,
 }
 
 /// Numbers of the model before and after: mean answer probability and token accuracy on each set that is given.

@@ -21,6 +21,9 @@ use crate::abi::slices;
 /// First bytes of every connection: another program's, or another version's, is refused.
 const MAGIC: &[u8; 8] = b"dunlrn01";
 
+/// The group of a rank's last message.
+const FAREWELL: u32 = u32::MAX;
+
 /// Where the ranks of a job find each other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rendezvous {
@@ -54,14 +57,22 @@ struct Mail {
     /// By sender, group and number of the collective.
     messages: HashMap<(usize, u32, u64), Vec<u8>>,
     lost: Vec<usize>,
+    /// One of them had not said that it was done.
+    broken: bool,
 }
 
 impl Peers {
     /// Meets the other ranks. All ranks of the job call it.
     ///
+    /// `on_loss` is called, on another thread, with the first rank whose connection ends before it said that it was done.
+    ///
     /// # Errors
     /// In words: an address that is not one, a port that is taken, ranks that did not come before `timeout`.
-    pub fn connect(meeting: &Rendezvous, timeout: Duration) -> Result<Rc<Self>, String> {
+    pub fn connect(
+        meeting: &Rendezvous,
+        timeout: Duration,
+        on_loss: impl Fn(usize) + Send + Sync + 'static,
+    ) -> Result<Rc<Self>, String> {
         let deadline = Instant::now() + timeout;
         let Rendezvous { rank, world, host, port } = meeting;
         let (rank, world) = (*rank, *world);
@@ -120,10 +131,15 @@ impl Peers {
                 streams[peer] = Some(stream);
             }
         }
-        Self::start(rank, world, streams).map(Rc::new).map_err(|error| error.to_string())
+        Self::start(rank, world, streams, Arc::new(on_loss)).map(Rc::new).map_err(|error| error.to_string())
     }
 
-    fn start(rank: usize, world: usize, streams: Vec<Option<TcpStream>>) -> std::io::Result<Self> {
+    fn start(
+        rank: usize,
+        world: usize,
+        streams: Vec<Option<TcpStream>>,
+        on_loss: Arc<dyn Fn(usize) + Send + Sync>,
+    ) -> std::io::Result<Self> {
         let inbox = Arc::new(Inbox::default());
         let (mut writers, mut threads) = (Vec::new(), Vec::new());
         for (peer, stream) in streams.into_iter().enumerate() {
@@ -143,8 +159,12 @@ impl Peers {
                 }
                 let _ = writer.shutdown(Shutdown::Write);
             }));
-            let inbox = Arc::clone(&inbox);
-            std::thread::spawn(move || inbox.fill(peer, reader));
+            let (inbox, on_loss) = (Arc::clone(&inbox), Arc::clone(&on_loss));
+            std::thread::spawn(move || {
+                if inbox.fill(peer, reader) {
+                    on_loss(peer);
+                }
+            });
             writers.push(Some(send));
         }
         Ok(Self { rank, world, writers, threads, inbox })
@@ -164,9 +184,8 @@ impl Peers {
         message.extend(number.to_le_bytes());
         message.extend((bytes.len() as u64).to_le_bytes());
         message.extend(bytes);
-        let writer = self.writers[peer].as_ref().expect("invariant: a rank sends nothing to itself");
         // a writer that is gone has lost its connection; the next receive says so
-        let _ = writer.send(message);
+        let _ = self.writers.get(peer).and_then(Option::as_ref).map(|writer| writer.send(message));
     }
 
     fn receive(&self, peer: usize, group: u32, number: u64) -> Vec<u8> {
@@ -184,6 +203,11 @@ impl Peers {
 impl Drop for Peers {
     /// What was sent is on its way before the process may end.
     fn drop(&mut self) {
+        // a rank that is ending because of an error says no farewell
+        if !std::thread::panicking() {
+            let others = (0..self.world).filter(|&peer| peer != self.rank);
+            others.for_each(|peer| self.send(peer, FAREWELL, 0, &[]));
+        }
         self.writers.clear();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
@@ -192,8 +216,9 @@ impl Drop for Peers {
 }
 
 impl Inbox {
-    /// Reads one peer's messages until its connection ends.
-    fn fill(&self, peer: usize, mut reader: TcpStream) {
+    /// Reads one peer's messages until its connection ends; says whether it is the first to end without a farewell.
+    fn fill(&self, peer: usize, mut reader: TcpStream) -> bool {
+        let mut done = false;
         let mut message = || -> std::io::Result<(u32, u64, Vec<u8>)> {
             let mut head = [0u8; 20];
             reader.read_exact(&mut head)?;
@@ -204,11 +229,16 @@ impl Inbox {
             Ok((group, word(4), bytes))
         };
         while let Ok((group, number, bytes)) = message() {
+            done |= group == FAREWELL;
             lock(&self.state).messages.insert((peer, group, number), bytes);
             self.changed.notify_all();
         }
-        lock(&self.state).lost.push(peer);
+        let mut state = lock(&self.state);
+        state.lost.push(peer);
+        let first = !done && !std::mem::replace(&mut state.broken, !done);
+        drop(state);
         self.changed.notify_all();
+        first
     }
 }
 
@@ -456,7 +486,7 @@ mod tests {
                     let body = &body;
                     scope.spawn(move || {
                         let meeting = Rendezvous { rank, world, host: "127.0.0.1".to_owned(), port };
-                        let peers = Peers::connect(&meeting, Duration::from_secs(30)).unwrap();
+                        let peers = Peers::connect(&meeting, Duration::from_secs(30), |_| ()).unwrap();
                         let watchdog = crate::dist::Watchdog::new(Duration::MAX);
                         body(tcp_world(&peers, tp, Some(dp), watchdog).unwrap())
                     })
@@ -501,12 +531,43 @@ mod tests {
     }
 
     #[test]
+    fn only_a_rank_that_breaks_off_is_a_loss() {
+        let port = free_port();
+        let lost = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..3)
+                .map(|rank| {
+                    scope.spawn(move || {
+                        let (send, receive) = std::sync::mpsc::channel();
+                        let meeting = Rendezvous { rank, world: 3, host: "127.0.0.1".to_owned(), port };
+                        let told = Mutex::new(send);
+                        let on_loss = move |peer| _ = lock(&told).send(peer);
+                        let peers = Peers::connect(&meeting, Duration::from_secs(30), on_loss).unwrap();
+                        match rank {
+                            0 => receive.recv_timeout(Duration::from_secs(20)).ok(),
+                            // done: says so
+                            1 => None,
+                            _ => {
+                                std::thread::sleep(Duration::from_millis(200));
+                                // the connections end as those of a process that is killed
+                                Rc::into_inner(peers).unwrap().writers.clear();
+                                None
+                            }
+                        }
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!(lost[0], Some(2));
+    }
+
+    #[test]
     fn ranks_that_do_not_come_are_named() {
         let meeting = Rendezvous { rank: 0, world: 3, host: "127.0.0.1".to_owned(), port: free_port() };
-        let text = Peers::connect(&meeting, Duration::from_millis(200)).err().unwrap();
+        let text = Peers::connect(&meeting, Duration::from_millis(200), |_| ()).err().unwrap();
         assert!(text.starts_with("ranks 1, 2 did not come to 127.0.0.1:"), "{text}");
         let meeting = Rendezvous { rank: 1, ..meeting };
-        let text = Peers::connect(&meeting, Duration::from_millis(200)).err().unwrap();
+        let text = Peers::connect(&meeting, Duration::from_millis(200), |_| ()).err().unwrap();
         assert!(text.starts_with("no connection to 127.0.0.1:"), "{text}");
     }
 
@@ -519,7 +580,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(300));
         });
         let meeting = Rendezvous { rank: 0, world: 2, host: "127.0.0.1".to_owned(), port };
-        let text = Peers::connect(&meeting, Duration::from_secs(10)).err().unwrap();
+        let text = Peers::connect(&meeting, Duration::from_secs(10), |_| ()).err().unwrap();
         assert!(text.contains("not from this version of dunlearn"), "{text}");
         stranger.join().unwrap();
     }

@@ -50,6 +50,9 @@ pub(super) struct Book {
     pub codes: [f32; 256],
     /// `cuts[i]` lies between codes i and i + 1; the last is no cut.
     pub cuts: [f32; 256],
+    /// The code of the least number whose upper 16 bits are the index. No two cuts share these bits, so the code of any
+    /// other such number is this one or the next.
+    table: Box<[u8; 1 << 16]>,
 }
 
 static BOOKS: LazyLock<[Book; 2]> = LazyLock::new(|| [Book::new(Codes::Signed), Book::new(Codes::Unsigned)]);
@@ -75,8 +78,31 @@ impl Book {
         codes.sort_by(f32::total_cmp);
         let codes: [f32; 256] = codes.try_into().expect("invariant: 256 codes");
         let cuts = std::array::from_fn(|i| codes.get(i + 1).map_or(f32::INFINITY, |next| (codes[i] + next) / 2.0));
-        Self { codes, cuts }
+        let mut table = vec![0u8; 1 << 16];
+        for (upper, code) in (0u32..).zip(&mut table) {
+            let least = f32::from_bits(if upper < 1 << 15 { upper << 16 } else { upper << 16 | 0xffff });
+            *code = cuts.iter().filter(|cut| **cut < least).count() as u8;
+        }
+        let table = table.into_boxed_slice().try_into().expect("invariant: as many entries as made");
+        Self { codes, cuts, table }
     }
+
+    /// Number of the nearest code; of two, the smaller. NaN gives 0.
+    #[inline(always)]
+    fn nearest(&self, x: f32) -> u8 {
+        let code = self.table[(x.to_bits() >> 16) as usize];
+        code + u8::from(x > self.cuts[usize::from(code)])
+    }
+}
+
+/// The number, between -1 and 1, that a code stands for.
+pub fn code(codes: Codes, code: u8) -> f32 {
+    Book::of(codes).codes[usize::from(code)]
+}
+
+/// The code that stands for 0.
+pub fn zero(codes: Codes) -> u8 {
+    Book::of(codes).codes.iter().position(|&number| number == 0.0).expect("invariant: 0 is in every book") as u8
 }
 
 impl Moment {
@@ -154,31 +180,23 @@ vectorised! {
         }
     }
 
-    /// Codes of one block; gives its scale. Ties go to the smaller code. `least`: the smallest code for a positive number.
-    pub(super) fn encode(numbers: &[f32], cuts: &[f32; 256], least: u32, out: &mut [u8]) -> f32 {
-        let mut largest = 0.0f32;
-        for x in numbers {
-            let size = x.abs();
-            largest = if size > largest { size } else { largest };
+    /// Codes of one block; gives its scale. `least`: the smallest code for a positive number.
+    pub(super) fn encode(numbers: &[f32], book: &Book, least: u8, out: &mut [u8]) -> f32 {
+        let mut lanes = [0.0f32; 16];
+        for numbers in numbers.chunks(16) {
+            for (largest, x) in lanes.iter_mut().zip(numbers) {
+                let size = x.abs();
+                *largest = if size > *largest { size } else { *largest };
+            }
         }
+        let largest = lanes.into_iter().fold(0.0, |a, b| if b > a { b } else { a });
         // the inverse of a smaller one would overflow
         let scale = if largest < f32::MIN_POSITIVE { 0.0 } else { largest };
         let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-        for (out, numbers) in out.chunks_mut(16).zip(numbers.chunks(16)) {
-            let (mut x, mut code) = ([0.0f32; 16], [0u32; 16]);
-            for (x, number) in x.iter_mut().zip(numbers) {
-                *x = number * inverse;
-            }
-            for step in [128u32, 64, 32, 16, 8, 4, 2, 1] {
-                for i in 0..16 {
-                    let cut = cuts[((code[i] + step - 1) & 255) as usize];
-                    code[i] += if x[i] > cut { step } else { 0 };
-                }
-            }
-            for i in 0..out.len() {
-                let floor = if numbers[i] > 0.0 && scale > 0.0 { least } else { 0 };
-                out[i] = code[i].max(floor) as u8;
-            }
+        let least = if scale > 0.0 { least } else { 0 };
+        for (out, x) in out.iter_mut().zip(numbers) {
+            let floor = if *x > 0.0 { least } else { 0 };
+            *out = book.nearest(x * inverse).max(floor);
         }
         scale
     }
@@ -202,6 +220,21 @@ mod tests {
         }
     }
 
+    /// The table against counting the cuts, around every cut and at odd numbers.
+    #[test]
+    fn the_table_finds_the_nearest_code() {
+        for codes in [Codes::Signed, Codes::Unsigned] {
+            let book = Book::of(codes);
+            let slow = |x: f32| book.cuts.iter().filter(|cut| x > **cut).count();
+            let around = book.cuts[..255].iter().flat_map(|cut| [cut.next_down(), *cut, cut.next_up()]);
+            let odd = [0.0, -0.0, 1.0, -1.0, 1.0f32.next_up(), 1e-38, -1e-38, f32::NAN, f32::INFINITY, -f32::INFINITY];
+            let fine = (-70_000..70_000).map(|i| i as f32 / 65_536.0);
+            for x in around.chain(odd).chain(fine) {
+                assert_eq!(usize::from(book.nearest(x)), slow(x), "{x:e}");
+            }
+        }
+    }
+
     #[test]
     fn encoding_takes_the_nearest_code() {
         tch::manual_seed(11);
@@ -214,7 +247,7 @@ mod tests {
                 }
                 let x = Vec::<f32>::try_from(x).unwrap();
                 let (mut out, mut back) = (vec![0u8; len], vec![0.0; len]);
-                let scale = encode(&x, &book.cuts, least, &mut out);
+                let scale = encode(&x, book, least, &mut out);
                 assert_eq!(scale, x.iter().fold(0.0, |a, x| x.abs().max(a)));
                 decode(&out, scale, &book.codes, &mut back);
                 for (x, back) in x.iter().zip(&back) {
@@ -244,7 +277,7 @@ mod tests {
             let stored = Vec::<u8>::try_from(&moment.values).unwrap();
             for (block, numbers) in numbers.chunks(BLOCK).enumerate() {
                 let mut out = vec![0; numbers.len()];
-                let scale = encode(numbers, &book.cuts, u32::from(codes == Codes::Unsigned), &mut out);
+                let scale = encode(numbers, book, u8::from(codes == Codes::Unsigned), &mut out);
                 assert_eq!(stored[block * BLOCK..][..numbers.len()], out);
                 assert_eq!(f64::from(scale), moment.scales.as_ref().unwrap().double_value(&[block as i64]));
             }

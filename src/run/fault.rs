@@ -29,6 +29,8 @@ pub enum Phase {
     /// Before the second step, so that the others are inside one.
     Step,
     Eval,
+    /// Before a save.
+    Save,
     Export,
 }
 
@@ -51,7 +53,7 @@ impl FromStr for Fault {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let refuse = || format!("{text:?}; expected panic|error|kill|hang@load|step|eval|export:RANK");
+        let refuse = || format!("{text:?}; expected panic|error|kill|hang@load|step|eval|save|export:RANK");
         let (kind, rest) = text.split_once('@').ok_or_else(refuse)?;
         let (phase, rank) = rest.split_once(':').ok_or_else(refuse)?;
         let kind = match kind {
@@ -65,6 +67,7 @@ impl FromStr for Fault {
             "load" => Phase::Load,
             "step" => Phase::Step,
             "eval" => Phase::Eval,
+            "save" => Phase::Save,
             "export" => Phase::Export,
             _ => return Err(refuse()),
         };

@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::process::libraries;
+use super::resume::{Past, Start};
 use super::summary::Summary;
 use super::{Context, RunError};
+use crate::checkpoint::Store;
 use crate::config::{self, Config};
 use crate::dist::World;
 use crate::telemetry::Metrics;
@@ -19,7 +21,7 @@ pub struct RunFolder {
 /// First line of a run folder's `config.toml`: the sign that the folder is ours to write in.
 const MARK: &str = "# Resolved configuration of a run, written by dunlearn.\n";
 /// What a run writes into its folder, besides `config.toml` and the cache.
-const RESULTS: [&str; 4] = ["summary.json", "metrics.jsonl", "logs", "model"];
+const RESULTS: [&str; 5] = ["summary.json", "metrics.jsonl", "logs", "model", "checkpoints"];
 
 impl RunFolder {
     /// Refuses a folder in which something would be lost. Touches nothing. All ranks call it.
@@ -30,14 +32,26 @@ impl RunFolder {
     /// # Errors
     /// On all ranks. The folder has files of a run's names that no run has written; it holds the model that is to be read; or it holds the
     /// results of a run, finished or not, and `overwrite` is not set.
-    pub fn check(config: &Config, overwrite: bool, world: &World) -> Result<(), RunError> {
-        let reason = if world.is_first() { Self::objection(config, overwrite) } else { None };
-        let reason = world.world.broadcast_bytes(reason.unwrap_or_default().as_bytes(), 0);
-        if reason.is_empty() { Ok(()) } else { Err(RunError::Refused(String::from_utf8_lossy(&reason).into_owned())) }
+    pub fn check(config: &Config, overwrite: bool, world: &World) -> Result<Start, RunError> {
+        let verdict = || match Start::of(config, overwrite) {
+            Ok(start) => (Self::objection(config, overwrite, start).unwrap_or_default(), start),
+            Err(reason) => (reason, Start::New),
+        };
+        let (reason, start) = if world.is_first() { verdict() } else { Default::default() };
+        let reason = world.world.broadcast_bytes(reason.as_bytes(), 0);
+        if !reason.is_empty() {
+            return Err(RunError::Refused(String::from_utf8_lossy(&reason).into_owned()));
+        }
+        let step = match start {
+            Start::New => String::new(),
+            Start::Resume(step) => step.to_string(),
+        };
+        let step = world.world.broadcast_bytes(step.as_bytes(), 0);
+        Ok(std::str::from_utf8(&step).ok().and_then(|step| step.parse().ok()).map_or(Start::New, Start::Resume))
     }
 
     /// Why the run must not write into its folder.
-    fn objection(config: &Config, overwrite: bool) -> Option<String> {
+    fn objection(config: &Config, overwrite: bool, start: Start) -> Option<String> {
         let folder = &config.run.dir;
         if let (Ok(model), Ok(target)) = (config.model.path.canonicalize(), folder.join("model").canonicalize())
             && (model.starts_with(&target) || target.starts_with(&model))
@@ -56,6 +70,9 @@ impl RunFolder {
                 folder.join(name).display()
             ));
         }
+        if start != Start::New {
+            return None;
+        }
         let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
         let steps = metrics.lines().filter(|line| line.contains("\"loss\"")).count();
         let what = match (folder.join("summary.json").exists(), steps) {
@@ -72,11 +89,12 @@ impl RunFolder {
     ///
     /// # Errors
     /// What cannot be removed or written, on the rank that tried.
-    pub fn create(config: &Config, context: &Context) -> Result<Self, RunError> {
+    pub fn create(config: &Config, context: &Context, start: Start) -> Result<Self, RunError> {
         let folder = Self { path: config.run.dir.clone() };
         let world = &context.world;
         if world.is_first() {
-            for path in RESULTS.map(|name| folder.path.join(name)) {
+            let old = if start == Start::New { &RESULTS[..] } else { &[] };
+            for path in old.iter().map(|name| folder.path.join(name)) {
                 let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { remove_if_there(&path) };
                 gone.map_err(|source| RunError::Write { path, source })?;
             }
@@ -86,6 +104,11 @@ impl RunFolder {
             let text = [MARK, &config::to_toml(config)].concat();
             std::fs::write(&path, text).map_err(|source| RunError::Write { path, source })?;
         }
+        if world.is_first() {
+            for name in Store::of_run(&folder.path).clean()? {
+                tracing::info!("removed {name}, which an interrupted save has left");
+            }
+        }
         world.world.barrier();
         let path = folder.path.join(format!("logs/rank_{:05}.log", world.mesh.rank));
         context.log.open(&path).map_err(|source| RunError::Write { path, source })?;
@@ -93,23 +116,34 @@ impl RunFolder {
     }
 
     /// Opens `metrics.jsonl` on the first rank and writes its first line: what runs, on what.
-    pub fn metrics(&self, config: &Config, context: &Context) -> Result<Metrics, RunError> {
+    /// A run that goes on keeps the lines up to its step.
+    pub fn metrics(&self, config: &Config, context: &Context, start: Start) -> Result<(Metrics, Past), RunError> {
         let world = &context.world;
-        if !world.is_first() {
-            return Ok(Metrics::nowhere());
-        }
         let path = self.path.join("metrics.jsonl");
-        let mut metrics = Metrics::create(&path).map_err(|source| RunError::Write { path, source })?;
+        let past = match start {
+            Start::Resume(step) if world.is_first() => Past::read(&path, step)?,
+            _ => Past::default(),
+        };
+        if !world.is_first() {
+            return Ok((Metrics::nowhere(), past));
+        }
+        let opened = if start == Start::New { Metrics::create(&path) } else { Metrics::go_on(&path, &past.lines) };
+        let mut metrics = opened.map_err(|source| RunError::Write { path, source })?;
+        let resumed = match start {
+            Start::New => None,
+            Start::Resume(step) => Some(step),
+        };
         metrics.write(&json!({
             "config_digest": config::digest(config),
             "version": env!("CARGO_PKG_VERSION"),
             "mesh": { "world": world.mesh.world(), "tp": world.mesh.tp, "dp": world.mesh.dp,
                       "sequence_parallel": config.parallel.sequence_parallel, "zero": config.parallel.zero },
             "libraries": libraries(context),
-            "device": "cpu",
+            "device": context.about_device,
             "threads": tch::get_num_threads(),
+            "resumed_after_step": resumed,
         }))?;
-        Ok(metrics)
+        Ok((metrics, past))
     }
 
     /// The cache folder. All ranks call it.

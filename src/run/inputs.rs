@@ -104,15 +104,7 @@ impl Inputs {
         device: Device,
         console: &Console,
     ) -> Result<Loaded, RunError> {
-        let (mesh, spread) = (world.mesh, config.parallel.sequence_parallel);
-        let whole = Table::new(&self.arch, mesh.tp, mesh.tp_rank(), spread)?;
-        let mut table = whole.clone();
-        if let Some(names) = &config.method.update {
-            table.train_only(names)?;
-        }
-        let (owners, owner) = if config.parallel.zero { (world.mesh.dp, world.mesh.dp_rank()) } else { (1, 0) };
-        let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
-        let layout = Layout::new(&table, bucket.max(1), owners, owner);
+        let (whole, (table, layout)) = (self.table(config, world)?, self.layout(config, world)?);
         let kind = match config.train.precision {
             Precision::Bf16 => Kind::BFloat16,
             Precision::F32 => Kind::Float,
@@ -146,6 +138,33 @@ impl Inputs {
             &identity[..16]
         );
         Ok(Loaded { decoder, parameters, identity })
+    }
+
+    /// The shards of this rank with everything trained.
+    fn table(&self, config: &Config, world: &World) -> Result<Table, RunError> {
+        let mesh = world.mesh;
+        Ok(Table::new(&self.arch, mesh.tp, mesh.tp_rank(), config.parallel.sequence_parallel)?)
+    }
+
+    /// Where this rank's part of every parameter lies.
+    pub fn layout(&self, config: &Config, world: &World) -> Result<(Table, Layout), RunError> {
+        let mesh = world.mesh;
+        let mut table = self.table(config, world)?;
+        if let Some(names) = &config.method.update {
+            table.train_only(names)?;
+        }
+        let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
+        let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
+        let layout = Layout::new(&table, bucket.max(1), owners, owner);
+        Ok((table, layout))
+    }
+
+    /// What decides what a run computes besides its configuration: digests of the model (`identity`) and of the data, by name.
+    pub fn digests(&self, identity: &str) -> Vec<(String, String)> {
+        let model = ("model".to_owned(), identity.to_owned());
+        let retain = self.retain.as_ref().map(|set| ("data.retain".to_owned(), set.digest.clone()));
+        let anchors = (format!("data.{}", self.anchors_name), self.anchors.digest.clone());
+        [Some(model), Some(anchors), retain].into_iter().flatten().collect()
     }
 
     /// All sets that are evaluated, by name.

@@ -4,28 +4,35 @@ mod error;
 mod fault;
 mod files;
 mod inputs;
+mod journal;
+mod memory;
 mod process;
 mod reference;
+mod resume;
+mod saving;
 mod summary;
 
 pub use error::RunError;
 pub use fault::{Fault, Phase};
 pub use inputs::{Inputs, Loaded};
+pub use memory::{Memory, MemoryWords};
 pub use summary::{Evaluations, Summary};
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tch::{Device, Kind};
 
-use crate::checkpoint::{ExportOptions, export};
+use crate::abi::signals;
+use crate::checkpoint::{ExportOptions, Store, export};
 use crate::config::{self, Config};
 use crate::data::{Dataset, Order, RowsOf, Stream};
 use crate::dist::World;
 use crate::eval::{self, ForwardOptions, LikelihoodScores};
 use crate::model::Keep;
 use crate::model::sharding::Table;
-use crate::telemetry::{Console, LogFile, table};
+use crate::telemetry::{Console, LogFile};
 use crate::train;
 use crate::train::{
     Batches, Cuts, GradientBuffers, GradientOptions, Method, Optimizer, Reference, ReferenceNeeds, Retain, Schedule,
@@ -33,7 +40,10 @@ use crate::train::{
 };
 use crate::unlearn;
 use files::RunFolder;
+use journal::{Journal, comm_seconds};
 use reference::{Identity, Kept, ReferenceCache, ReferenceOptions};
+use resume::Start;
+use saving::{Next, Saver};
 
 /// What a run is given besides its configuration.
 pub struct Context {
@@ -48,23 +58,27 @@ pub struct Context {
     pub started: Instant,
     /// Replace a finished run in the same folder.
     pub overwrite: bool,
+    /// Go on from a checkpoint that was made with other settings.
+    pub force_resume: bool,
     /// MPI library, where there is one.
     pub mpi_version: Option<String>,
     /// A fault to put in.
     pub fault: Option<Fault>,
+    /// Where the run leaves what is to be said when memory runs out.
+    pub memory_words: MemoryWords,
 }
 
 /// Longest wait for a rank that reads or writes files.
 const FILES_DEADLINE: Duration = Duration::from_secs(3600);
 
 /// Runs to the end. All ranks call it; the summary is the same on all.
-pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
+pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let Context { world, console, fault, .. } = &context;
     let strike = |phase| Fault::strike(*fault, phase, world.mesh.rank);
     // ranks may read and write files for very different times
     let timeout = Duration::from_secs(config.run.timeout);
     world.watchdog.set_deadline(timeout.max(FILES_DEADLINE));
-    RunFolder::check(config, context.overwrite, world)?;
+    let start = RunFolder::check(config, context.overwrite, world)?;
     tracing::info!("dunlearn {}: {}", env!("CARGO_PKG_VERSION"), config.run.dir.display());
     let (mesh, threads) = (world.mesh, tch::get_num_threads());
     let ranks = format!("ranks: {} (tp {} x dp {}), CPU threads of each: {threads}", mesh.world(), mesh.tp, mesh.dp);
@@ -74,14 +88,17 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     let mut inputs = Inputs::read(config, world)?;
     strike(Phase::Load)?;
     // nothing of an earlier run is touched before the new one's inputs are known to be good
-    let folder = RunFolder::create(config, &context)?;
-    let mut metrics = folder.metrics(config, &context)?;
+    let folder = RunFolder::create(config, &context, start)?;
+    let (mut metrics, past) = folder.metrics(config, &context, start)?;
+    let expected = Memory::expected(config, &inputs.layout(config, world)?.1);
+    expected.prepare(&context.memory_words, config, context.device);
     let Loaded { decoder, parameters, identity } = inputs.load(config, world, context.device, console)?;
-    let (memory, steps) = (MemoryLine::of(&parameters), total_steps(config, &inputs));
+    let steps = total_steps(config, &inputs);
 
     let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
     let method = unlearn::method(&config.method, config.run.seed, per_epoch);
     let batches = batches(config, &inputs, &method);
+    one_micro_batch_a_step(config, &batches, steps, world)?;
     let forward =
         ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
     let holding = GradientOptions {
@@ -92,7 +109,6 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     };
     let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding);
     let optimizer = Optimizer::new(&config.optimizer, &decoder.table, &parameters);
-    memory.print(&gradients, &optimizer);
     let mut trainer = Trainer {
         schedule: Schedule::new(&config.schedule, config.optimizer.lr, steps, per_epoch),
         method,
@@ -111,65 +127,76 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
         gradients,
         optimizer,
     };
+    Memory::of(&trainer).print();
     world.watchdog.set_deadline(timeout);
-    let start = Instant::now();
+    let reference_start = Instant::now();
     let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
-    let reference_seconds = start.elapsed().as_secs_f64();
-    let mut evaluations = Evaluations::default();
-    if config.eval.before {
+    let reference_seconds = reference_start.elapsed().as_secs_f64();
+    let mut saver = Saver::new(config, inputs.digests(&identity).into_iter().collect());
+    let mut evaluations = Evaluations { before: past.before, during: past.during, ..Evaluations::default() };
+    let first = match start {
+        Start::New => 0,
+        Start::Resume(step) => {
+            // the weights before training have told what they had to: the reference and the evaluation are there
+            restore(config, &inputs, &mut trainer, step, &identity, &context)?;
+            step
+        }
+    };
+    if config.eval.before && start == Start::New {
         strike(Phase::Eval)?;
         evaluations.before = evaluate(config, &inputs, &trainer, forward, world, console);
         metrics.write(&json!({ "step": 0, "eval": evaluations.before }))?;
     }
 
     let training = Instant::now();
-    let mut seconds_to_first_step = 0.0;
-    let mut tokens = 0;
-    let mut progress = console.progress("training", steps as u64, "steps");
-    for step in 0..steps {
-        if step == 1 {
+    let known = reference.as_ref().map(|cache| cache as &dyn Reference);
+    let mut journal = Journal {
+        metrics: &mut metrics,
+        progress: console.progress("training", steps as u64, "steps"),
+        per_epoch,
+        tokens: 0,
+        comm_seconds: comm_seconds(world),
+        told: Instant::now(),
+        seconds_to_first_step: 0.0,
+    };
+    // a GPU works while the host prepares the next step: its numbers are read one step late, unless the next step needs them
+    let late = usize::from(context.device != Device::Cpu && trainer.method.dual.is_none());
+    let mut open = VecDeque::new();
+    journal.progress.advance(first as u64, "");
+    for step in first..steps {
+        if step == first + 1 {
             strike(Phase::Step)?;
         }
-        let traffic = comm_seconds(world);
         let work = batches.step(step, world.mesh);
-        let known = reference.as_ref().map(|cache| cache as &dyn Reference);
-        let report = trainer.step(step, &work, known, world)?;
-        if step == 0 {
-            seconds_to_first_step = context.started.elapsed().as_secs_f64();
+        let launched = trainer.launch(step, &work, known, world);
+        open.push_back((step, work, launched));
+        let evaluated = config.eval.every > 0 && (step + 1) % config.eval.every == 0 && step + 1 < steps;
+        let last = step + 1 == steps;
+        // nothing is saved of a step whose numbers are not known to be numbers
+        let wish = saver.ask(step + 1, steps, world);
+        while open.len() > if evaluated || last || wish.save || wish.stop { 0 } else { late } {
+            let (step, work, launched) = open.pop_front().expect("invariant: there is one more");
+            let report = trainer.read(launched, &work, known, world)?;
+            journal.tell(step, &work, &report, &trainer, &context)?;
         }
-        tokens += work.tokens;
-        let losses = report.losses;
-        let mut line = json!({
-            "step": step + 1,
-            "epoch": (step + 1) as f64 / per_epoch as f64,
-            "loss": losses.total,
-            "forget_loss": losses.forget,
-            "retain_loss": losses.retain,
-            "grad_norm": report.grad_norm,
-            "lr": report.lr,
-            "forget_tokens": work.scored.0,
-            "retain_tokens": work.scored.1,
-            "tokens_per_s": work.tokens as f64 / report.seconds,
-            "step_s": report.seconds,
-            "comm_s": comm_seconds(world) - traffic,
-            "rss_bytes": process::resident_bytes(),
-            "time": process::unix_seconds(),
-        });
-        for (name, value) in trainer.method.numbers().iter().zip(&report.numbers) {
-            line[name] = json!(value);
-        }
-        if trainer.method.dual.is_some() {
-            line["retain_weight"] = json!(trainer.method.retain_weight);
-        }
-        metrics.write(&line)?;
-        tracing::debug!(step = step + 1, loss = losses.total, grad_norm = report.grad_norm, seconds = report.seconds);
-        progress.advance(1, &format!("loss {:.4}  grad {:.2e}", losses.total, report.grad_norm));
-        if config.eval.every > 0 && (step + 1) % config.eval.every == 0 && step + 1 < steps {
+        if evaluated {
             let scores = evaluate(config, &inputs, &trainer, forward, world, console);
-            metrics.write(&json!({ "step": step + 1, "eval": scores }))?;
+            journal.metrics.write(&json!({ "step": step + 1, "eval": scores }))?;
             evaluations.during.push((step + 1, scores));
+            journal.told = Instant::now();
+        }
+        strike_if(wish.save, *fault, Phase::Save, world)?;
+        if saver.act(wish, &trainer, step + 1, world)? == Next::Stop {
+            let why = signals::request().map_or_else(|| "asked to stop".to_owned(), |name| format!("{name} came"));
+            tracing::info!(
+                "{why}: the state after step {} of {steps} is saved; the same command goes on from there",
+                step + 1
+            );
+            return Ok(Outcome::Stopped);
         }
     }
+    saver.finish(world)?;
+    let Journal { tokens, seconds_to_first_step, progress, .. } = journal;
     drop(progress);
     let training_seconds = training.elapsed().as_secs_f64();
 
@@ -193,7 +220,53 @@ pub fn run(config: &Config, context: Context) -> Result<Summary, RunError> {
     );
     folder.write_summary(&summary, world)?;
     summary.print(&folder.path, console);
-    Ok(summary)
+    Ok(Outcome::Finished(Box::new(summary)))
+}
+
+/// How a run ended without an error.
+pub enum Outcome {
+    Finished(Box<Summary>),
+    /// It was asked to stop, has saved its state and can be started again.
+    Stopped,
+}
+
+/// Takes the state of the checkpoint after `step`. All ranks call it.
+///
+/// # Errors
+/// On all ranks: files that were damaged, or a checkpoint of something else, with the first difference.
+fn restore(
+    config: &Config,
+    inputs: &Inputs,
+    trainer: &mut Trainer,
+    step: usize,
+    identity: &str,
+    context: &Context,
+) -> Result<(), RunError> {
+    let world = &context.world;
+    let saved = Store::of_run(&config.run.dir).open(step)?;
+    if let Some(difference) = resume::difference(&saved, config, &inputs.digests(identity)) {
+        let path = saved.folder.display();
+        if !context.force_resume {
+            let advice = "undo that, start anew with --overwrite, or go on all the same with --force-resume";
+            return Err(RunError::Refused(format!("{path}: {difference}; {advice}")));
+        }
+        tracing::warn!("--force-resume: {path}: {difference}");
+    }
+    let mine =
+        saved.verify(world.mesh.rank, world.mesh.world()).map_or_else(|error| error.to_string(), |()| String::new());
+    let all = world.world.gather_bytes(mine.as_bytes());
+    if let Some(words) = all.iter().find(|words| !words.is_empty()) {
+        return Err(RunError::Refused(String::from_utf8_lossy(words).into_owned()));
+    }
+    trainer.restore(&saved.state()?, saved.manifest.optimizer_steps, world)?;
+    trainer.method.restore(&saved.manifest.method).map_err(RunError::Refused)?;
+    tracing::info!("going on after step {step}, from {}", saved.folder.display());
+    Ok(())
+}
+
+/// As [`Fault::strike`] where the phase is on.
+fn strike_if(on: bool, fault: Option<Fault>, phase: Phase, world: &World) -> Result<(), RunError> {
+    if on { Fault::strike(fault, phase, world.mesh.rank) } else { Ok(()) }
 }
 
 /// One line for each kind of thing that the ranks say of their devices. All ranks call it.
@@ -206,6 +279,27 @@ fn tell_devices(context: &Context) {
             told.push(line);
         }
     }
+}
+
+/// bf16 holds a sum of several micro-batches badly: such steps are refused before anything is computed.
+fn one_micro_batch_a_step(config: &Config, batches: &Batches, steps: usize, world: &World) -> Result<(), RunError> {
+    if config.train.grad_dtype == config::Float::F32 {
+        return Ok(());
+    }
+    for step in 0..steps.min(batches.order.steps_per_epoch()) {
+        let count = batches.step(step, world.mesh).micro_batches.len();
+        if count > 1 {
+            return Err(RunError::Refused(format!(
+                "train.grad_dtype = \"bf16\" holds one micro-batch a step, step {} has {count} on rank {}: raise \
+                 train.micro_batch_tokens (now {}), lower train.global_batch (now {}) or write grad_dtype = \"f32\"",
+                step + 1,
+                world.mesh.rank,
+                config.train.micro_batch_tokens,
+                config.train.global_batch
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn total_steps(config: &Config, inputs: &Inputs) -> usize {
@@ -348,32 +442,4 @@ fn export_model(
     };
     export(&options, &tables?, world, parameter, || bar.advance(1, ""))?;
     Ok(())
-}
-
-fn comm_seconds(world: &World) -> f64 {
-    [&world.world, &world.tp, &world.dp].iter().map(|group| group.traffic().time.as_secs_f64()).sum()
-}
-
-/// Bytes of one rank by purpose, told before the first step.
-struct MemoryLine {
-    weights: usize,
-    masters: usize,
-}
-
-impl MemoryLine {
-    fn of(parameters: &crate::train::Parameters) -> Self {
-        let (weights, masters) = parameters.bytes();
-        Self { weights, masters }
-    }
-
-    fn print(&self, gradients: &GradientBuffers, optimizer: &Optimizer) {
-        let mib = |bytes: usize| format!("{:.1}", bytes as f64 / 1048576.0);
-        let rows = [
-            vec!["weights".to_owned(), mib(self.weights)],
-            vec!["master weights".to_owned(), mib(self.masters)],
-            vec!["gradients".to_owned(), mib(gradients.bytes())],
-            vec!["optimizer".to_owned(), mib(optimizer.bytes())],
-        ];
-        tracing::debug!("memory of this rank, without activations:\n{}", table(&["part", "MiB"], &rows));
-    }
 }

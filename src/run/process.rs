@@ -4,6 +4,7 @@ use serde_json::json;
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System};
 
 use super::Context;
+use crate::abi::driver;
 
 /// Versions of what this process runs on.
 pub fn libraries(context: &Context) -> serde_json::Value {
@@ -13,6 +14,15 @@ pub fn libraries(context: &Context) -> serde_json::Value {
 /// Seconds since 1970.
 pub fn unix_seconds() -> f64 {
     std::time::UNIX_EPOCH.elapsed().map_or(0.0, |time| time.as_secs_f64())
+}
+
+/// Memory of the device that is in use, by this process unless it shares the device: libtorch gives nothing back, so this is the
+/// largest that it has held, its own context and NCCL's buffers included. 0 on a CPU. Unit: bytes.
+pub fn device_bytes(device: tch::Device) -> u64 {
+    match device {
+        tch::Device::Cuda(index) => driver::memory_info(index).map_or(0, |(free, total)| total - free),
+        _ => 0,
+    }
 }
 
 /// Memory of this process at the moment.

@@ -36,6 +36,8 @@ pub struct Summary {
     pub tokens_per_s: f64,
     /// Largest of the ranks.
     pub peak_rss_bytes: u64,
+    /// Largest of the ranks: what the device had given at the end, see `device_bytes` in `metrics.jsonl`; 0 on CPUs.
+    pub peak_device_bytes: u64,
     /// Exported Hugging Face folder.
     pub export: Option<PathBuf>,
     pub warnings: Vec<String>,
@@ -101,7 +103,7 @@ impl Summary {
         timing: Timing,
     ) -> Self {
         let world = &context.world;
-        let mut peak = [host::peak_resident_bytes() as f64];
+        let mut peak = [host::peak_resident_bytes() as f64, process::device_bytes(context.device) as f64];
         world.world.all_reduce_f64(&mut peak, Reduce::Max);
         Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -119,7 +121,7 @@ impl Summary {
                 sequence_parallel: config.parallel.sequence_parallel,
                 zero: config.parallel.zero,
             },
-            device: "cpu",
+            device: if context.device == tch::Device::Cpu { "cpu" } else { "cuda" },
             precision: config.train.precision,
             libraries: process::libraries(context),
             data: inputs.sets().into_iter().map(|(name, set)| (name.to_owned(), set.stats.clone())).collect(),
@@ -130,6 +132,7 @@ impl Summary {
             seconds_to_first_step: timing.seconds_to_first_step,
             tokens_per_s: timing.tokens as f64 / timing.training_seconds.max(1e-9),
             peak_rss_bytes: peak[0] as u64,
+            peak_device_bytes: peak[1] as u64,
             export: config.export.model.then(|| config.run.dir.join("model")),
             warnings: inputs.warnings.clone(),
             sets: by_set(evaluations),

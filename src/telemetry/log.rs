@@ -68,9 +68,9 @@ pub fn start(rank: usize, world: usize, format: LogFormat, console: &Console) ->
 }
 
 impl LogFile {
-    /// Opens `path` and writes what was logged so far.
+    /// Opens `path`, to write behind what is there, and writes what was logged so far.
     pub fn open(&self, path: &Path) -> io::Result<()> {
-        let mut file = File::create(path)?;
+        let mut file = File::options().append(true).create(true).open(path)?;
         let mut target = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Target::Waiting(lines) = &*target {
             io::Write::write_all(&mut file, lines)?;

@@ -14,6 +14,15 @@ impl Metrics {
         File::create(path).map(|file| Self(Some(file)))
     }
 
+    /// Replaces the file by `lines` and goes on after them; what was there is lost only when they are on disk.
+    pub fn go_on(path: &Path, lines: &[String]) -> io::Result<Self> {
+        let partial = path.with_extension("jsonl.partial");
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        std::fs::write(&partial, text)?;
+        std::fs::rename(&partial, path)?;
+        std::fs::OpenOptions::new().append(true).open(path).map(|file| Self(Some(file)))
+    }
+
     pub fn nowhere() -> Self {
         Self(None)
     }

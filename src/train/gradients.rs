@@ -107,10 +107,18 @@ impl GradientBuffers {
     /// Starts the sums that are not yet under way. All ranks call it once a step, after their last micro-batch and before any
     /// other collective: ranks without work come here at once.
     pub fn start_all(&mut self) {
-        self.last = true;
-        while self.started < self.layout.buckets.len() {
+        while self.start_one(0) {}
+    }
+
+    /// Starts the next sum if all its parameters belong to unit `unit` or later ones, whose backward is done; says whether it did.
+    ///
+    /// Who takes sums between the starts ([`Self::next_summed`]) must do so after the same starts on all ranks, with work or without.
+    pub fn start_one(&mut self, unit: usize) -> bool {
+        let ready = self.layout.buckets.get(self.started).is_some_and(|bucket| bucket.last_unit >= unit);
+        if ready {
             self.start_next();
         }
+        ready
     }
 
     /// Waits for all sums. All ranks call it once a step.
@@ -208,6 +216,9 @@ impl GradientBuffers {
         };
         self.under_way.push_back(pending);
         self.started += 1;
+        if self.dp.size() == 1 {
+            self.summed.extend(self.under_way.pop_front().map(Pending::wait));
+        }
     }
 
     /// Sum of squares over what each rank owns; what is the same on all tensor-parallel ranks is counted by the first.
@@ -325,11 +336,6 @@ impl Gradients for GradientBuffers {
 
     fn complete(&mut self, unit: usize) {
         self.dp.progress();
-        if !self.last {
-            return;
-        }
-        while self.layout.buckets.get(self.started).is_some_and(|bucket| bucket.last_unit >= unit) {
-            self.start_next();
-        }
+        while self.last && self.start_one(unit) {}
     }
 }

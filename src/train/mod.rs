@@ -12,6 +12,7 @@ mod objective;
 mod optimizer;
 mod parameters;
 mod schedule;
+mod state;
 mod step;
 mod terms;
 

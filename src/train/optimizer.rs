@@ -5,6 +5,7 @@ use std::ops::Range;
 use tch::Tensor;
 
 use super::parameters::Parameters;
+use crate::checkpoint::state::What;
 use crate::config;
 use crate::kernels::moment::{Codes, Moment, Storage};
 use crate::kernels::optimizer::{self as kernel, AdamW, Extras, Sgd};
@@ -43,6 +44,14 @@ enum State {
     /// f32.
     Velocity(Moment),
     Nothing,
+}
+
+/// A moment that is to be filled.
+pub struct Remembered<'a> {
+    pub what: What,
+    /// Elements of this rank's own part of the bucket.
+    pub own: Range<usize>,
+    pub moment: &'a mut Moment,
 }
 
 /// What all segments of a step have in common.
@@ -128,6 +137,44 @@ impl Optimizer {
                 _ => unreachable!("invariant: the state belongs to the rule"),
             }
         }
+    }
+
+    /// Goes on after `steps` steps.
+    pub fn set_steps(&mut self, steps: usize) {
+        self.steps = steps;
+    }
+
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// What is remembered of one bucket: which number, of which elements of this rank's own part.
+    pub fn look(&self, bucket: usize) -> Vec<(What, Range<usize>, &Moment)> {
+        let each = |segment: &Segment| segment.own.clone();
+        let all = self.state[bucket].iter().flat_map(|segment| match &segment.state {
+            State::Moments { first, second } => {
+                vec![(What::First, each(segment), first), (What::Second, each(segment), second)]
+            }
+            State::Velocity(velocity) => vec![(What::Velocity, each(segment), velocity)],
+            State::Nothing => Vec::new(),
+        });
+        all.collect()
+    }
+
+    /// As [`Self::look`], to be filled.
+    pub fn remembered(&mut self, bucket: usize) -> Vec<Remembered<'_>> {
+        let all = self.state[bucket].iter_mut().flat_map(|segment| {
+            let own = || segment.own.clone();
+            match &mut segment.state {
+                State::Moments { first, second } => vec![
+                    Remembered { what: What::First, own: own(), moment: first },
+                    Remembered { what: What::Second, own: own(), moment: second },
+                ],
+                State::Velocity(velocity) => vec![Remembered { what: What::Velocity, own: own(), moment: velocity }],
+                State::Nothing => Vec::new(),
+            }
+        });
+        all.collect()
     }
 
     pub fn bytes(&self) -> usize {

@@ -125,7 +125,6 @@ impl Trainer {
         let sums = self.accumulate_with(work, reference, world, self.options.in_backward.then_some(&mut early));
         let norm = if self.options.in_backward {
             let Self { decoder, parameters, gradients, optimizer, options, broken, .. } = self;
-            gradients.start_all();
             decoder.clock.time(Part::Optimizer, || {
                 early.take(parameters, gradients, optimizer, options, broken, world, true);
             });
@@ -215,7 +214,15 @@ impl Trainer {
                 let _ = sums.narrow(0, at as i64, 1).g_add_(part);
             }
         }
-        self.gradients.start_all();
+        match early {
+            Some(early) => {
+                let Self { parameters, gradients, optimizer, options, broken, .. } = self;
+                while gradients.start_one(0) {
+                    early.take(parameters, gradients, optimizer, options, broken, world, false);
+                }
+            }
+            None => self.gradients.start_all(),
+        }
         world.dp.all_reduce(&mut sums, Reduce::Sum);
         sums
     }
@@ -396,9 +403,10 @@ impl Gradients for Walk<'_> {
     }
 
     fn complete(&mut self, unit: usize) {
-        self.gradients.complete(unit);
         let Self { gradients, early, optimizer, parameters, options, broken, world } = self;
-        if let Some(early) = early {
+        let Some(early) = early else { return gradients.complete(unit) };
+        world.dp.progress();
+        while gradients.start_one(unit) {
             early.take(parameters, gradients, optimizer, options, broken, world, false);
         }
     }

@@ -117,12 +117,16 @@ fn mistakes_are_explained() {
     };
     for (set, expected) in [
         (&["parallel.tp=2"][..], "start it with `mpirun -n 2`"),
-        (&["run.device=cuda"], "run.device: \"cuda\" is not built in this version"),
+        (&["run.device=cuda"], "run.device = \"cuda\": libtorch"),
         (&["model.path=nowhere"], "cannot read nowhere/config.json: No such file or directory (os error 2)\n"),
         (&["model.init=pretrained"], "has no weights: expected model.safetensors"),
         (&["data.forget.path=nowhere.jsonl"], "nowhere.jsonl"),
         (&["data.forget.kind=text"], "no field \"text\""),
         (&["train.steps=0"], "train.steps: is 0"),
+        (
+            &["train.grad_dtype=bf16", "train.micro_batch_tokens=64", "train.global_batch=8"],
+            "holds one micro-batch a step, step 1 has ",
+        ),
         (&["optimizer.lr=fast"], "`lr = \"fast\"`: invalid type: string \"fast\", expected a number"),
     ] {
         let text = refused(set);

@@ -18,18 +18,18 @@ use crate::tiny::{self, Spread};
 
 /// One way to run the test's steps.
 #[derive(Clone, Copy, Debug)]
-struct Layout {
-    tp: usize,
-    dp: usize,
-    sequence_parallel: bool,
-    zero: bool,
-    recompute: bool,
+pub struct Layout {
+    pub tp: usize,
+    pub dp: usize,
+    pub sequence_parallel: bool,
+    pub zero: bool,
+    pub recompute: bool,
     /// Unit: tokens; small budgets make several micro-batches a step.
-    budget: usize,
-    bucket_elements: usize,
+    pub budget: usize,
+    pub bucket_elements: usize,
 }
 
-const ONE: Layout = Layout {
+pub const ONE: Layout = Layout {
     tp: 1,
     dp: 1,
     sequence_parallel: false,
@@ -41,13 +41,20 @@ const ONE: Layout = Layout {
 
 /// What is trained.
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    tied: bool,
-    retain: config::Retain,
-    optimizer: config::OptimizerName,
-    steps: usize,
+pub struct Case {
+    pub tied: bool,
+    pub retain: config::Retain,
+    pub optimizer: config::OptimizerName,
+    pub steps: usize,
     /// What the model computes in.
-    kind: Kind,
+    pub kind: Kind,
+    pub max_grad_norm: f64,
+    pub in_backward: bool,
+    /// The learning rate falls to 0 over the steps.
+    pub falling: bool,
+    pub state: config::StateDtype,
+    /// Of the gradient buffers, and of their sums over the data-parallel ranks.
+    pub grads: (Kind, Kind),
 }
 
 /// Everything that layouts must agree on.
@@ -57,10 +64,12 @@ struct Outcome {
     /// Gradients of the first step and parameters after the last, by Hugging Face name.
     gradients: BTreeMap<String, Tensor>,
     parameters: BTreeMap<String, Tensor>,
+    /// Most bytes of gradients and bytes of optimizer state on the first rank.
+    bytes: (usize, usize),
 }
 
 /// Four key/value heads so that TP 4 is possible; biases, q/k norms and an odd vocabulary so that nothing divides by luck.
-fn architecture(tied: bool) -> Architecture {
+pub fn architecture(tied: bool) -> Architecture {
     Architecture {
         family: "test",
         hidden: 32,
@@ -83,7 +92,7 @@ fn architecture(tied: bool) -> Architecture {
 }
 
 /// Samples of very different lengths, with prompts that are not scored.
-fn samples(name: &str, count: usize) -> Dataset {
+pub fn samples(name: &str, count: usize) -> Dataset {
     let draw = Stream::new(5, name);
     let samples = (0..count as u64).map(|i| {
         let len = 4 + draw.bits(1000 + i) % 37;
@@ -94,7 +103,7 @@ fn samples(name: &str, count: usize) -> Dataset {
     Dataset::from_samples(name, samples.collect())
 }
 
-struct SeedOne {
+pub struct SeedOne {
     logprobs: Vec<Vec<f32>>,
     head: ReferenceHead,
     rows: Vec<Tensor>,
@@ -102,7 +111,7 @@ struct SeedOne {
 
 impl SeedOne {
     /// Made-up log-probabilities for forget samples; rows and head of the seed-1 model, on this rank's layout.
-    fn new(forget: &Dataset, retain: &Dataset, arch: &Architecture, world: &World, kind: Kind) -> Self {
+    pub fn new(forget: &Dataset, retain: &Dataset, arch: &Architecture, world: &World, kind: Kind) -> Self {
         let (decoder, parameters) = tiny::model(arch, world, Spread::default(), kind, 1);
         let rows = retain.samples.iter().map(|sample| {
             let ids: Vec<i64> = sample.tokens.iter().map(|&id| i64::from(id)).collect();
@@ -142,12 +151,13 @@ struct Said {
     norms: Vec<f64>,
     gradients: Vec<(Piece, Vec<f32>)>,
     parameters: Vec<(Piece, Vec<f32>)>,
+    bytes: (usize, usize),
 }
 
 /// Gives each rank's weights; tests of the tests put a wrong one here.
-type Source = fn(&Architecture, &World, &Piece) -> Tensor;
+pub type Source = fn(&Architecture, &World, &Piece) -> Tensor;
 
-fn right(_: &Architecture, _: &World, piece: &Piece) -> Tensor {
+pub fn right(_: &Architecture, _: &World, piece: &Piece) -> Tensor {
     tiny::weights(piece, 0)
 }
 
@@ -165,6 +175,50 @@ fn run(layout: Layout, case: Case, fault: Fault, source: Source) -> Outcome {
         norms: said[0].norms.clone(),
         gradients: whole(said.iter().flat_map(|said| &said.gradients)),
         parameters: whole(said.iter().flat_map(|said| &said.parameters)),
+        bytes: said[0].bytes,
+    }
+}
+
+pub fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, source: Source) -> Trainer {
+    let Layout { sequence_parallel, zero, bucket_elements, .. } = layout;
+    let spread = Spread { sequence_parallel, zero, bucket_elements };
+    let (decoder, parameters) = tiny::model_from(arch, world, spread, case.kind, |piece| source(arch, world, piece));
+    let mut method = config::Method::new(config::Objective::Npo, case.retain);
+    method.retain_weight = Some(0.7);
+    let method = unlearn::method(&method, 0, 1);
+    let optimizer = config::Optimizer {
+        name: case.optimizer,
+        lr: 0.01,
+        betas: None,
+        eps: None,
+        momentum: (case.optimizer == config::OptimizerName::Sgd).then_some(0.9),
+        weight_decay: 0.1,
+        max_grad_norm: case.max_grad_norm,
+        state_dtype: (case.optimizer == config::OptimizerName::Adamw).then_some(case.state),
+        in_backward: case.in_backward,
+    };
+    let holding = GradientOptions {
+        kind: case.grads.0,
+        reduce: case.grads.1,
+        release: case.in_backward,
+        ..GradientOptions::f32(Device::Cpu)
+    };
+    let name = if case.falling { config::ScheduleName::Linear } else { config::ScheduleName::Constant };
+    let schedule = config::Schedule { name, ..Default::default() };
+    Trainer {
+        gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding),
+        optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
+        schedule: Schedule::new(&schedule, optimizer.lr, case.steps, 1),
+        method,
+        options: TrainerOptions {
+            keep: if layout.recompute { Keep::Inputs } else { Keep::Everything },
+            logits_bytes: 4096.0,
+            max_grad_norm: optimizer.max_grad_norm,
+            in_backward: case.in_backward,
+        },
+        broken: Trainer::whole(decoder.device),
+        decoder,
+        parameters,
     }
 }
 
@@ -177,47 +231,10 @@ fn rank(
     world: &World,
     source: Source,
 ) -> Said {
-    let Layout { sequence_parallel, zero, bucket_elements, .. } = layout;
-    let spread = Spread { sequence_parallel, zero, bucket_elements };
-    let (decoder, parameters) = tiny::model_from(arch, world, spread, case.kind, |piece| source(arch, world, piece));
+    let zero = layout.zero;
+    let mut trainer = trainer(layout, case, arch, world, source);
     let reference = SeedOne::new(forget, retain, arch, world, case.kind);
-    let mut method = config::Method::new(config::Objective::Npo, case.retain);
-    method.retain_weight = Some(0.7);
-    let method = unlearn::method(&method, 0, 1);
-    let cuts = Cuts::of(&method, false);
-    let optimizer = config::Optimizer {
-        name: case.optimizer,
-        lr: 0.01,
-        betas: None,
-        eps: None,
-        momentum: (case.optimizer == config::OptimizerName::Sgd).then_some(0.9),
-        weight_decay: 0.1,
-        max_grad_norm: 0.5,
-        state_dtype: None,
-        in_backward: false,
-    };
-    let schedule = config::Schedule { name: config::ScheduleName::Constant, ..Default::default() };
-    let mut trainer = Trainer {
-        gradients: GradientBuffers::new(
-            &decoder.table,
-            &parameters.layout,
-            &world.tp,
-            &world.dp,
-            GradientOptions::f32(Device::Cpu),
-        ),
-        optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
-        schedule: Schedule::new(&schedule, optimizer.lr, case.steps, 1),
-        method,
-        options: TrainerOptions {
-            keep: if layout.recompute { Keep::Inputs } else { Keep::Everything },
-            logits_bytes: 4096.0,
-            max_grad_norm: optimizer.max_grad_norm,
-            in_backward: false,
-        },
-        broken: Trainer::whole(decoder.device),
-        decoder,
-        parameters,
-    };
+    let cuts = Cuts::of(&trainer.method, false);
     let batches = Batches {
         order: Order::new(3, true, forget.samples.len(), retain.samples.len(), 4),
         anchors: forget,
@@ -226,14 +243,23 @@ fn rank(
         budget: layout.budget,
     };
     // gradients of the first step, before anything moves
-    trainer.accumulate(&batches.step(0, world.mesh), Some(&reference), world);
-    let reduced = trainer.gradients.finish();
+    let mut own = Vec::new();
+    if !case.in_backward {
+        trainer.accumulate(&batches.step(0, world.mesh), Some(&reference), world);
+    }
+    while let Some((_, sum)) = trainer.gradients.next_summed(true) {
+        own.push(sum.to_kind(Kind::Float).copy());
+    }
     let buckets: Vec<Tensor> =
-        reduced.own.iter().map(|own| if zero { world.dp.all_gather(own) } else { own.shallow_clone() }).collect();
-    let gradients = boxes(&trainer, |id| {
-        let (bucket, start) = trainer.parameters.layout.places[id];
-        buckets[bucket].narrow(0, start as i64, trainer.decoder.table.params[id].num_elements())
-    });
+        own.iter().map(|own| if zero { world.dp.all_gather(own) } else { own.shallow_clone() }).collect();
+    let gradients = if own.is_empty() {
+        Vec::new()
+    } else {
+        boxes(&trainer, |id| {
+            let (bucket, start) = trainer.parameters.layout.places[id];
+            buckets[bucket].narrow(0, start as i64, trainer.decoder.table.params[id].num_elements())
+        })
+    };
     let reports: Vec<_> = (0..case.steps)
         .map(|step| trainer.step(step, &batches.step(step, world.mesh), Some(&reference), world).unwrap())
         .collect();
@@ -243,6 +269,7 @@ fn rank(
         norms: reports.iter().map(|report| report.grad_norm).collect(),
         gradients,
         parameters,
+        bytes: (trainer.gradients.bytes(), trainer.optimizer.bytes()),
     }
 }
 
@@ -286,6 +313,9 @@ fn distance(got: &Outcome, want: &Outcome) -> (f64, f64, f64) {
     // of all steps; later ones start from parameters that differ by rounding already
     let first = losses.chain(norms).fold(0.0, f64::max);
     let tensors = |a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>| {
+        if a.is_empty() || b.is_empty() {
+            return 0.0; // stepping inside backward leaves no gradients to compare
+        }
         assert!(a.keys().eq(b.keys()));
         // NaN, for a box that nobody filled, must come out on top
         b.iter().map(|(name, b)| tiny::relative(&a[name], b)).fold(0.0, |x, y| if x >= y { x } else { y })
@@ -293,8 +323,19 @@ fn distance(got: &Outcome, want: &Outcome) -> (f64, f64, f64) {
     (first, tensors(&got.gradients, &want.gradients), tensors(&got.parameters, &want.parameters))
 }
 
-fn case(tied: bool) -> Case {
-    Case { tied, retain: config::Retain::Nll, optimizer: config::OptimizerName::Adamw, steps: 1, kind: Kind::Float }
+pub fn case(tied: bool) -> Case {
+    Case {
+        tied,
+        retain: config::Retain::Nll,
+        optimizer: config::OptimizerName::Adamw,
+        steps: 1,
+        kind: Kind::Float,
+        max_grad_norm: 0.5,
+        in_backward: false,
+        falling: false,
+        state: config::StateDtype::F32,
+        grads: (Kind::Float, Kind::Float),
+    }
 }
 
 fn assert_equal(layout: Layout, case: Case, want: &Outcome) -> (f64, f64, f64) {
@@ -359,6 +400,112 @@ fn ten_steps_end_at_the_same_parameters() {
                 let found = assert_equal(layout, case, &want);
                 println!("{optimizer:?} tied {tied} tp {tp} dp {dp}: parameters differ by {:.1e}", found.2);
             }
+        }
+    }
+}
+
+/// Stepping buckets while backward runs changes nothing but the clipping, which then goes by half blocks, and is the same on
+/// every layout; gradients of one micro-batch never lie in memory all at once.
+#[test]
+fn stepping_inside_backward_is_the_same_step() {
+    for tied in [false, true] {
+        for optimizer in [config::OptimizerName::Sgd, config::OptimizerName::Adamw] {
+            let unclipped = Case { optimizer, steps: 5, max_grad_norm: 0.0, ..case(tied) };
+            let want = run(ONE, unclipped, Fault::None, right);
+            let small = Layout { bucket_elements: 1, ..ONE };
+            let early = Case { in_backward: true, ..unclipped };
+            let got = run(small, early, Fault::None, right);
+            let found = distance(&got, &want);
+            assert!(found.0 < 1e-6 && found.1 < 1e-6 && found.2 < 1e-6, "tied {tied} {optimizer:?}: {found:?}");
+            assert!(2 * got.bytes.0 < want.bytes.0, "gradients: {} of {} bytes", got.bytes.0, want.bytes.0);
+
+            let clipped = Case { max_grad_norm: 0.1, ..early };
+            let want = run(ONE, clipped, Fault::None, right);
+            assert!(distance(&want, &got).2 > 1e-3, "clipping is active");
+            for (tp, dp, sequence_parallel, zero, recompute, budget) in [
+                (2, 1, false, true, true, 100_000),
+                (1, 2, false, false, false, 60),
+                (2, 2, true, true, false, 60),
+                (4, 3, true, true, true, 100_000),
+                (1, 9, false, true, false, 100_000),
+            ] {
+                let layout = Layout { tp, dp, sequence_parallel, zero, recompute, budget, bucket_elements: 3000 };
+                assert_equal(layout, clipped, &want);
+            }
+        }
+    }
+}
+
+/// Moments of 16 and 8 bits, and gradients held or sent in bf16, stay near f32 and take the memory that they promise.
+#[test]
+fn smaller_state_stays_near_f32_on_every_layout() {
+    let exact = Case { steps: 10, ..case(false) };
+    let want = run(ONE, exact, Fault::None, right);
+    let (half, wide) = (Kind::BFloat16, Kind::Float);
+    for (state, grads, bytes, tolerance) in [
+        (config::StateDtype::Bf16, (wide, wide), 4.0, 0.02),
+        (config::StateDtype::Int8, (wide, wide), 2.0 + 2.0 / 64.0, 0.03),
+        (config::StateDtype::F32, (wide, half), 8.0, 0.02),
+        (config::StateDtype::F32, (half, wide), 8.0, 0.02),
+        (config::StateDtype::Int8, (half, half), 2.0 + 2.0 / 64.0, 0.03),
+    ] {
+        for (tp, dp, zero) in [(1, 1, true), (2, 2, true), (1, 3, false), (4, 1, true)] {
+            let layout = Layout { tp, dp, zero, bucket_elements: 3000, ..ONE };
+            let got = run(layout, Case { state, grads, ..exact }, Fault::None, right);
+            let (first, _, parameters) = distance(&got, &want);
+            println!("{state:?} {grads:?} tp {tp} dp {dp}: losses and norms {first:.1e}, parameters {parameters:.1e}");
+            assert!(
+                first < tolerance && parameters < tolerance,
+                "{state:?} {grads:?} {layout:?}: {first} {parameters}"
+            );
+            if (tp, dp) == (1, 1) {
+                let each = got.bytes.1 as f64 / (want.bytes.1 as f64 / 8.0);
+                assert!(each >= bytes * 0.99 && each < bytes * 1.1 + 0.1, "{state:?}: {each} bytes a parameter");
+                let held = if grads.0 == half { want.bytes.0 / 2 } else { want.bytes.0 };
+                assert_eq!(got.bytes.0, held);
+            }
+        }
+    }
+}
+
+/// A gradient that is no number, found late: nothing has changed on any rank, whichever way buckets are stepped, nor does a later
+/// step change anything.
+#[test]
+fn a_step_that_is_no_number_changes_nothing() {
+    let arch = architecture(false);
+    let (forget, retain) = (samples("forget", 7), samples("retain", 5));
+    for in_backward in [false, true] {
+        for optimizer in [config::OptimizerName::Sgd, config::OptimizerName::Adamw] {
+            let case = Case { optimizer, in_backward, steps: 3, ..case(false) };
+            let layout = Layout { tp: 2, dp: 2, bucket_elements: 3000, ..ONE };
+            let told = run_threads_with(Fault::None, 2, 2, |world| {
+                tch::no_grad(|| {
+                    let mut trainer = trainer(layout, case, &arch, &world, right);
+                    let mut reference = SeedOne::new(&forget, &retain, &arch, &world, case.kind);
+                    let batches = Batches {
+                        order: Order::new(3, false, 7, 5, 7),
+                        anchors: &forget,
+                        retain: Some(&retain),
+                        cuts: Cuts::default(),
+                        budget: 100_000,
+                    };
+                    let work = batches.step(0, world.mesh);
+                    trainer.step(0, &work, Some(&reference), &world).unwrap();
+                    let all = |trainer: &Trainer| boxes(trainer, |id| trainer.parameters.weights.get(id).copy());
+                    let before = all(&trainer);
+                    // one number of one sample, on the rank that has it
+                    reference.logprobs[3][0] = f32::NAN;
+                    let broken = trainer.launch(1, &work, Some(&reference), &world);
+                    reference.logprobs[3][0] = -3.0;
+                    let later = trainer.launch(2, &work, Some(&reference), &world);
+                    assert!(all(&trainer) == before, "in backward {in_backward}, {optimizer:?}: weights have moved");
+                    reference.logprobs[3][0] = f32::NAN;
+                    let error = trainer.read(broken, &work, Some(&reference), &world).unwrap_err().to_string();
+                    drop(later);
+                    error
+                })
+            });
+            assert!(told.iter().all(|text| text.starts_with("step 2: loss NaN")), "{told:?}");
         }
     }
 }

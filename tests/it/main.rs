@@ -2,14 +2,18 @@
 
 #![allow(clippy::print_stderr, clippy::print_stdout)]
 
+mod checkpoints;
 mod failures;
 mod golden_logits;
 mod golden_step;
 mod layouts;
 mod methods;
+mod planned;
 mod program;
 mod recipes;
+mod resume;
 mod runs;
 mod structure;
 mod tiny;
 mod toy_head;
+mod without_mpi;

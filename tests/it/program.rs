@@ -90,6 +90,22 @@ pub fn mpirun_command(ranks: usize, arguments: &[&str]) -> Command {
     command
 }
 
+/// Runs the binary on `ranks` ranks that meet over TCP, as torchrun starts them; what each left, in rank order.
+pub fn meeting(ranks: usize, arguments: &[&str]) -> Vec<Finished> {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    std::thread::scope(|scope| {
+        let all: Vec<_> = (0..ranks)
+            .map(|rank| {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_dunlearn"));
+                let facts = [("RANK", rank), ("WORLD_SIZE", ranks)].map(|(name, value)| (name, value.to_string()));
+                command.args(arguments).envs(facts).envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &port)]);
+                scope.spawn(move || finish(&mut command))
+            })
+            .collect();
+        all.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
 fn finish(command: &mut Command) -> Finished {
     let start = Instant::now();
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

@@ -74,6 +74,7 @@ inline void wait(Barrier& barrier) {
         progress = true;
     } else {
         while (barrier.generation == generation) yield();
+        progress = true;
     }
 }
 
@@ -94,7 +95,8 @@ static void resume(unsigned index) {
     }
 }
 
-// Runs one block; false when threads wait for others that will not come.
+// Runs one block, each warp as far ahead as it gets: what lacks a barrier reads too early or too late. False when threads
+// wait for others that will not come.
 static bool run_block(unsigned threads, bool reverse) {
     block = Barrier();
     block.expected = threads;
@@ -110,16 +112,21 @@ static bool run_block(unsigned threads, bool reverse) {
         makecontext(&fiber.start, entry, 0);
     }
     for (;;) {
-        bool open = false;
-        progress = false;
-        for (unsigned i = 0; i < threads; i++) {
-            const unsigned index = reverse ? threads - 1 - i : i;
-            if (fibers[index].done) continue;
-            resume(index);
-            open = true;
+        bool open = false, moved = false;
+        for (unsigned i = 0; i < threads; i += 32) {
+            do {
+                progress = false;
+                for (unsigned j = i; j < i + 32; j++) {
+                    const unsigned index = reverse ? threads - 1 - j : j;
+                    if (fibers[index].done) continue;
+                    resume(index);
+                    open = true;
+                }
+                moved |= progress;
+            } while (progress);
         }
         if (!open) return true;
-        if (!progress) return false;
+        if (!moved) return false;
     }
 }
 

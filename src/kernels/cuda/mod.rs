@@ -34,6 +34,27 @@ const SOURCES: [&str; 7] = [
     include_str!("optimizer.cu"),
 ];
 
+/// Every kernel and its parameters. `T` and `G` point to the element types in the kernel's name, `F`, `D`, `L` to f32, f64,
+/// i64; `m`, `s`, `c` are an optional moment, f32, bf16; `i` and `f` are numbers. The emulator holds launches against the
+/// sources' own parameters, a launch on a GPU is held against this.
+const KERNELS: [(&str, &str); 15] = [
+    ("rms_norm_forward<T>", "TTTFiifi"),
+    ("rms_norm_apply<T>", "TTTFiii"),
+    ("rms_norm_backward<T>", "TTTTFFiiii"),
+    ("column_sums", "FFii"),
+    ("rotary<T>", "TFFiiiif"),
+    ("swiglu_forward<T>", "TTi"),
+    ("swiglu_backward<T>", "TTTTi"),
+    ("softmax_statistics<T>", "TLFi"),
+    ("softmax_gradient<T>", "TFFLi"),
+    ("softmax_cross_difference<T>", "TTFFi"),
+    ("softmax_divergence_gradient<T>", "TFTFFi"),
+    ("sum_of_squares<T>", "TDii"),
+    ("sum_doubles", "DDi"),
+    ("adamw<T, G>", "TGmsimsisscifffffff"),
+    ("sgd<T, G>", "TGmsisscifff"),
+];
+
 /// Why the kernels are not there.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -59,46 +80,53 @@ static LAUNCHER: OnceLock<Launcher> = OnceLock::new();
 /// Compiles the kernels for `device` and uses them from now on. libtorch's CUDA half must be loaded.
 ///
 /// Takes a few seconds. Gives one line for the log: compiler, architecture and the number of kernels. Without it the room
-/// works on the device by plain tensor operations.
+/// works on the device by plain tensor operations. A second call for the same device does the work in vain.
 pub fn load(device: usize) -> Result<String, Error> {
+    if let Some(Launcher::Cuda(module)) = LAUNCHER.get().filter(|loaded| !loaded.is_on(device)) {
+        return Err(Error::OtherDevice { loaded: module.device(), device });
+    }
     let capability = driver::device(device)?.capability;
     driver::Stream::current(device)?;
     let compiler = Nvrtc::open(&nvrtc::candidates())?;
     let names = names();
     let image = compiler.compile(&source(), &names, capability, &[])?;
     let launcher = Launcher::Cuda(Module::load(device, &image)?);
-    match LAUNCHER.get_or_init(|| launcher) {
-        Launcher::Cuda(module) if module.device() != device => {
-            Err(Error::OtherDevice { loaded: module.device(), device })
-        }
-        _ => Ok(format!("{} kernels for {} by {}", names.len(), image.architecture, compiler.describe())),
-    }
+    LAUNCHER.get_or_init(|| launcher);
+    Ok(format!("{} kernels for {} by {}", names.len(), image.architecture, compiler.describe()))
 }
 
 /// The kernels for a tensor, where they are loaded on its device and take its kind.
 pub(super) fn launcher(x: &Tensor) -> Option<&'static Launcher> {
     let Device::Cuda(device) = x.device() else { return None };
     let launcher = LAUNCHER.get()?;
-    let here = match launcher {
-        Launcher::Cuda(module) => module.device() == device,
-        #[cfg(test)]
-        Launcher::Emulator(_) => false,
-    };
-    (here && matches!(x.kind(), Kind::Float | Kind::BFloat16)).then_some(launcher)
+    (launcher.is_on(device) && matches!(x.kind(), Kind::Float | Kind::BFloat16)).then_some(launcher)
 }
 
 impl Launcher {
-    /// Puts a kernel on libtorch's current stream.
-    fn launch(&self, kernel: &str, grid: Grid, arguments: &[Argument]) {
+    fn is_on(&self, device: usize) -> bool {
+        match self {
+            Self::Cuda(module) => module.device() == device,
+            #[cfg(test)]
+            Self::Emulator(_) => false,
+        }
+    }
+
+    /// Puts a kernel of [`KERNELS`] for these element types on libtorch's current stream.
+    fn launch(&self, kernel: &str, kinds: &[Kind], grid: Grid, arguments: &[Argument]) {
         assert!(grid.blocks > 0 && grid.blocks < 1 << 31, "invariant: a grid along x, got {grid:?}");
+        let parameters = KERNELS.iter().find(|(name, _)| *name == kernel).map_or("", |(_, parameters)| parameters);
+        let fit = parameters.len() == arguments.len()
+            && parameters.bytes().zip(arguments).all(|(parameter, argument)| fits(parameter, argument, kinds));
+        assert!(fit, "invariant: {kernel} for {kinds:?} takes {parameters}, got {arguments:?}");
+        let name = named(kernel, kinds);
         match self {
             Self::Cuda(module) => {
                 let stream = driver::Stream::current(module.device());
-                let launched = stream.and_then(|stream| module.launch(kernel, grid, stream, arguments));
-                launched.unwrap_or_else(|error| panic!("kernel {kernel}: {error}"));
+                let launched = stream.and_then(|stream| module.launch(&name, grid, stream, arguments));
+                launched.unwrap_or_else(|error| panic!("kernel {name}: {error}"));
             }
             #[cfg(test)]
-            Self::Emulator(emulator) => emulator.launch(kernel, grid, arguments),
+            Self::Emulator(emulator) => emulator.launch(&name, grid, arguments),
         }
     }
 
@@ -117,38 +145,54 @@ fn source() -> String {
     optimizer::books() + &SOURCES.concat()
 }
 
-/// All kernels, as the launches name them.
+/// All kernels for all element types, as [`named`] has them.
 fn names() -> Vec<String> {
-    let typed = [
-        "rms_norm_forward",
-        "rms_norm_apply",
-        "rms_norm_backward",
-        "rotary",
-        "swiglu_forward",
-        "swiglu_backward",
-        "softmax_statistics",
-        "softmax_gradient",
-        "softmax_cross_difference",
-        "softmax_divergence_gradient",
-        "sum_of_squares",
-    ];
     let kinds = [Kind::Float, Kind::BFloat16];
-    let mut names: Vec<String> = typed.iter().flat_map(|kernel| kinds.map(|kind| named(kernel, &[kind]))).collect();
-    for kernel in ["adamw", "sgd"] {
-        names.extend(kinds.iter().flat_map(|&weights| kinds.map(|grad| named(kernel, &[weights, grad]))));
-    }
-    names.extend(["column_sums".to_owned(), "sum_doubles".to_owned()]);
-    names
+    let names = |(kernel, _): &(&str, &str)| match kernel.matches(['T', 'G']).count() {
+        0 => vec![named(kernel, &[])],
+        1 => kinds.map(|kind| named(kernel, &[kind])).to_vec(),
+        _ => kinds.iter().flat_map(|&first| kinds.map(|second| named(kernel, &[first, second]))).collect(),
+    };
+    KERNELS.iter().flat_map(names).collect()
 }
 
-/// A kernel for these element types.
+/// A kernel's name in the sources' language.
 fn named(kernel: &str, kinds: &[Kind]) -> String {
-    let name = |kind: &Kind| match kind {
-        Kind::Float => "float",
-        Kind::BFloat16 => "bf16",
-        other => panic!("invariant: kernels take f32 and bf16, got {other:?}"),
-    };
-    format!("{kernel}<{}>", kinds.iter().map(name).collect::<Vec<_>>().join(", "))
+    let mut name = kernel.to_owned();
+    for (letter, kind) in ["T", "G"].iter().zip(kinds) {
+        let kind = match kind {
+            Kind::Float => "float",
+            Kind::BFloat16 => "bf16",
+            other => panic!("invariant: kernels take f32 and bf16, got {other:?}"),
+        };
+        name = name.replace(letter, kind);
+    }
+    name
+}
+
+/// Whether an argument is what [`KERNELS`] says of a parameter.
+fn fits(parameter: u8, argument: &Argument, kinds: &[Kind]) -> bool {
+    match (parameter, argument) {
+        (b'i', Argument::Int(_)) | (b'f', Argument::Float(_)) | (b'm' | b's' | b'c', Argument::Absent) => true,
+        (_, Argument::Tensor(tensor)) => match parameter {
+            b'T' => kinds.first() == Some(&tensor.kind()),
+            b'G' => kinds.get(1) == Some(&tensor.kind()),
+            b'F' | b's' => tensor.kind() == Kind::Float,
+            b'D' => tensor.kind() == Kind::Double,
+            b'L' => tensor.kind() == Kind::Int64,
+            b'c' => tensor.kind() == Kind::BFloat16,
+            b'm' => matches!(tensor.kind(), Kind::Float | Kind::BFloat16 | Kind::Uint8),
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+/// Panics unless each tensor has so many elements: a kernel would read beside it.
+fn lengths<const N: usize>(expected: [(&Tensor, usize); N]) {
+    for (tensor, len) in expected {
+        assert!(tensor.numel() == len, "invariant: {len} elements, got {:?}", tensor.size());
+    }
 }
 
 /// Rows and width of a matrix.

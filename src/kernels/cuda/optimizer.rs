@@ -1,8 +1,8 @@
 //! Host side of `optimizer.cu`.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::{Launcher, named};
+use super::Launcher;
 use crate::abi::module::{Argument, Grid};
 use crate::kernels::moment::{BLOCK, Book, Codes, Moment, Storage};
 use crate::kernels::optimizer::{AdamWFactors, Extras, Sgd};
@@ -55,7 +55,7 @@ pub(in crate::kernels) fn adamw(
         all.extend(common(&extras, len));
         let numbers = [by.decay, by.new1, by.old2, by.new2, by.step_size, by.root, by.eps];
         all.extend(numbers.map(Argument::Float));
-        on.launch(&kernel("adamw", weights, grad), grid(len), &all);
+        on.launch("adamw<T, G>", &[weights.kind(), grad.kind()], grid(len), &all);
     }
 }
 
@@ -73,11 +73,6 @@ pub(in crate::kernels) fn sgd(
         all.extend(arguments(first.as_deref()));
         all.extend(common(&extras, len));
         all.extend([sgd.lr, sgd.momentum, sgd.weight_decay].map(|x| Argument::Float(x as f32)));
-        on.launch(&kernel("sgd", weights, grad), grid(len), &all);
+        on.launch("sgd<T, G>", &[weights.kind(), grad.kind()], grid(len), &all);
     }
-}
-
-fn kernel(name: &str, weights: &Tensor, grad: &Tensor) -> String {
-    let kinds: [Kind; 2] = [weights.kind(), grad.kind()];
-    named(name, &kinds)
 }

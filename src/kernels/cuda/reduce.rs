@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Launcher, named};
+use super::Launcher;
 use crate::abi::module::Grid;
 
 /// Elements of one partial sum.
@@ -15,9 +15,9 @@ pub(in crate::kernels) fn sum_of_squares(on: &Launcher, x: &Tensor) -> Tensor {
     if parts > 0 {
         let arguments = [x.into(), (&partial).into(), (x.numel() as i64).into(), (PART as i64).into()];
         let grid = Grid { blocks: parts, threads: 256, shared: 0 };
-        on.launch(&named("sum_of_squares", &[x.kind()]), grid, &arguments);
+        on.launch("sum_of_squares<T>", &[x.kind()], grid, &arguments);
     }
     let grid = Grid { blocks: 1, threads: 256, shared: 0 };
-    on.launch("sum_doubles", grid, &[(&partial).into(), (&out).into(), (parts as i64).into()]);
+    on.launch("sum_doubles", &[], grid, &[(&partial).into(), (&out).into(), (parts as i64).into()]);
     out
 }

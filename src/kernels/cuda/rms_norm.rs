@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Launcher, named, size, threads};
+use super::{Launcher, lengths, size, threads};
 use crate::abi::module::Grid;
 
 /// Widest row that a warp takes alone.
@@ -17,6 +17,7 @@ fn layout(width: usize) -> (i64, usize, usize) {
 
 pub(in crate::kernels) fn forward(on: &Launcher, x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     let (rows, width) = size(x);
+    lengths([(weight, width)]);
     let x = x.contiguous();
     let (y, rstd) = (on.empty(&x.size(), x.kind(), &x), on.empty(&[rows as i64], Kind::Float, &x));
     if x.numel() > 0 {
@@ -25,13 +26,14 @@ pub(in crate::kernels) fn forward(on: &Launcher, x: &Tensor, weight: &Tensor, ep
         let (rows, width) = ((rows as i64).into(), (width as i64).into());
         let arguments =
             [(&x).into(), weight.into(), (&y).into(), (&rstd).into(), rows, width, (eps as f32).into(), narrow.into()];
-        on.launch(&named("rms_norm_forward", &[x.kind()]), grid, &arguments);
+        on.launch("rms_norm_forward<T>", &[x.kind()], grid, &arguments);
     }
     (y, rstd)
 }
 
 pub(in crate::kernels) fn apply(on: &Launcher, x: &Tensor, weight: &Tensor, rstd: &Tensor) -> Tensor {
     let (rows, width) = size(x);
+    lengths([(weight, width), (rstd, rows)]);
     let x = x.contiguous();
     let y = on.empty(&x.size(), x.kind(), &x);
     if x.numel() > 0 {
@@ -39,7 +41,7 @@ pub(in crate::kernels) fn apply(on: &Launcher, x: &Tensor, weight: &Tensor, rstd
         let grid = Grid { blocks: rows.div_ceil(group), threads, shared: 0 };
         let (rows, width) = ((rows as i64).into(), (width as i64).into());
         let arguments = [(&x).into(), weight.into(), (&y).into(), rstd.into(), rows, width, narrow.into()];
-        on.launch(&named("rms_norm_apply", &[x.kind()]), grid, &arguments);
+        on.launch("rms_norm_apply<T>", &[x.kind()], grid, &arguments);
     }
     y
 }
@@ -61,7 +63,7 @@ pub(in crate::kernels) fn backward(
     if x.numel() == 0 {
         return Tensor::zeros([width as i64], (Kind::Float, x.device()));
     }
-    assert!(grad.kind() == x.kind() && grad.size() == x.size(), "invariant: the gradient has the rows' shape and kind");
+    lengths([(grad, rows * width), (dy, rows * width), (weight, width), (rstd, rows)]);
     let (x, dy) = (x.contiguous(), dy.contiguous());
     let (narrow, threads, group) = layout(width);
     // a fixed share of rows for each block, so that the sum does not depend on which block is first
@@ -81,9 +83,14 @@ pub(in crate::kernels) fn backward(
         (block_rows as i64).into(),
         narrow.into(),
     ];
-    on.launch(&named("rms_norm_backward", &[x.kind()]), grid, &arguments);
+    on.launch("rms_norm_backward<T>", &[x.kind()], grid, &arguments);
     let sums = on.empty(&[width as i64], Kind::Float, &x);
     let grid = Grid { blocks: width.div_ceil(32), threads: 1024, shared: 0 };
-    on.launch("column_sums", grid, &[(&partial).into(), (&sums).into(), (blocks as i64).into(), (width as i64).into()]);
+    on.launch(
+        "column_sums",
+        &[],
+        grid,
+        &[(&partial).into(), (&sums).into(), (blocks as i64).into(), (width as i64).into()],
+    );
     sums
 }

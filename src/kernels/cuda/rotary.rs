@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Launcher, named, size, threads};
+use super::{Launcher, lengths, size, threads};
 use crate::abi::module::Grid;
 
 pub(in crate::kernels) fn rotate(
@@ -16,6 +16,7 @@ pub(in crate::kernels) fn rotate(
 ) {
     let (rows, width) = size(x);
     let half = cos.size()[1];
+    lengths([(cos, rows * half as usize), (sin, rows * half as usize)]);
     if rows == 0 || heads == 0 || half == 0 {
         return;
     }
@@ -31,5 +32,5 @@ pub(in crate::kernels) fn rotate(
         half.into(),
         sign.into(),
     ];
-    on.launch(&named("rotary", &[x.kind()]), grid, &arguments);
+    on.launch("rotary<T>", &[x.kind()], grid, &arguments);
 }

@@ -65,7 +65,8 @@ template <typename T> __global__ void softmax_statistics(const T* logits, const 
         for (int w = 1; w < blockDim.x / 32; w++) all.add({maxima[w], sums[w], indices[w]});
         out[4 * row] = all.maximum;
         out[4 * row + 1] = all.maximum == -infinity() ? infinity() - infinity() : all.sum;
-        out[4 * row + 2] = target[row] >= 0 ? get(logits[target[row]]) : 0.0f;
+        const i64 at = target[row];
+        out[4 * row + 2] = at < 0 ? 0.0f : at < width ? get(logits[at]) : infinity() - infinity();
         out[4 * row + 3] = (float)all.index;
     }
 }

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Launcher, named, size, threads};
+use super::{Launcher, lengths, size, threads};
 use crate::abi::module::{Argument, Grid};
 use crate::kernels::softmax::STATISTICS;
 
@@ -12,13 +12,14 @@ fn launch(on: &Launcher, kernel: &str, logits: &Tensor, arguments: &[Argument]) 
     if logits.numel() > 0 {
         let grid = Grid { blocks: rows, threads: threads(width, 1024), shared: 0 };
         let width = Argument::Int(width as i64);
-        on.launch(&named(kernel, &[logits.kind()]), grid, &[arguments, &[width]].concat());
+        on.launch(kernel, &[logits.kind()], grid, &[arguments, &[width]].concat());
     }
 }
 
 pub(in crate::kernels) fn statistics(on: &Launcher, logits: &Tensor, target: &Tensor) -> Tensor {
     let out = on.empty(&[logits.size()[0], STATISTICS], Kind::Float, logits);
-    launch(on, "softmax_statistics", logits, &[logits.into(), target.into(), (&out).into()]);
+    lengths([(target, logits.size()[0] as usize)]);
+    launch(on, "softmax_statistics<T>", logits, &[logits.into(), target.into(), (&out).into()]);
     out
 }
 
@@ -29,8 +30,10 @@ pub(in crate::kernels) fn gradient(
     weight: &Tensor,
     target: &Tensor,
 ) {
+    let (rows, _) = size(logits);
+    lengths([(log_sum, rows), (weight, rows), (target, rows)]);
     let arguments = [(&*logits).into(), log_sum.into(), weight.into(), target.into()];
-    launch(on, "softmax_gradient", logits, &arguments);
+    launch(on, "softmax_gradient<T>", logits, &arguments);
 }
 
 pub(in crate::kernels) fn cross_difference(
@@ -40,8 +43,9 @@ pub(in crate::kernels) fn cross_difference(
     ref_log_sum: &Tensor,
 ) -> Tensor {
     let out = on.empty(&[logits.size()[0]], Kind::Float, logits);
+    lengths([(reference, logits.numel()), (ref_log_sum, size(logits).0)]);
     let arguments = [logits.into(), reference.into(), ref_log_sum.into(), (&out).into()];
-    launch(on, "softmax_cross_difference", logits, &arguments);
+    launch(on, "softmax_cross_difference<T>", logits, &arguments);
     out
 }
 
@@ -53,6 +57,8 @@ pub(in crate::kernels) fn divergence_gradient(
     ref_log_sum: &Tensor,
     weight: &Tensor,
 ) {
+    let (rows, width) = size(logits);
+    lengths([(log_sum, rows), (reference, rows * width), (ref_log_sum, rows), (weight, rows)]);
     let arguments = [(&*logits).into(), log_sum.into(), reference.into(), ref_log_sum.into(), weight.into()];
-    launch(on, "softmax_divergence_gradient", logits, &arguments);
+    launch(on, "softmax_divergence_gradient<T>", logits, &arguments);
 }

@@ -6,10 +6,12 @@
 use tch::{Device, Kind, Tensor};
 
 use super::cuda;
-use super::moment::{BLOCK, Book, Codes, Moment, Storage, decode, encode};
-use super::real::{Real, vectorised};
-use crate::abi::parallel::{self, Chunks};
-use crate::abi::slices::{Bf16, slice, slice_mut};
+use super::moment::{BLOCK, Codes, Moment, Storage};
+use super::real::vectorised;
+use crate::abi::slices::slice;
+
+mod blocks;
+mod plain;
 
 /// Numbers of one AdamW step (arXiv 1711.05101 as PyTorch has it: decay by `lr * weight_decay`, moments corrected for their
 /// start at 0).
@@ -91,10 +93,12 @@ pub fn adamw(
         return cuda::optimizer::adamw(on, weights, grad, first, second, &factors, extras);
     }
     if weights.device() != Device::Cpu {
-        return plain_adamw(weights, grad, first, second, &factors, extras);
+        return plain::adamw(weights, grad, first, second, &factors, extras);
     }
     let factor = extras.scale.map_or(1.0, |scale| slice::<f32>(scale)[0]);
-    blocks(weights, grad, Some(first), Some(second), extras, |w, g, m, v| adamw_block(w, g, m, v, factor, factors));
+    blocks::each(weights, grad, Some(first), Some(second), extras, |w, g, m, v| {
+        adamw_block(w, g, m, v, factor, factors)
+    });
 }
 
 /// One step of stochastic gradient descent in place; without `first` there is no momentum. Else as [`adamw`].
@@ -105,11 +109,11 @@ pub fn sgd(weights: &mut Tensor, grad: &Tensor, mut first: Option<&mut Moment>, 
         return cuda::optimizer::sgd(on, weights, grad, first, sgd, extras);
     }
     if weights.device() != Device::Cpu {
-        return plain_sgd(weights, grad, first.take(), sgd, extras);
+        return plain::sgd(weights, grad, first.take(), sgd, extras);
     }
     let factor = extras.scale.map_or(1.0, |scale| slice::<f32>(scale)[0]);
     let (lr, momentum, decay) = (sgd.lr as f32, sgd.momentum as f32, sgd.weight_decay as f32);
-    blocks(weights, grad, first, None, extras, |w, g, m, _| sgd_block(w, g, m, factor, lr, momentum, decay));
+    blocks::each(weights, grad, first, None, extras, |w, g, m, _| sgd_block(w, g, m, factor, lr, momentum, decay));
 }
 
 fn check(weights: &Tensor, grad: &Tensor, moments: &[&Moment], extras: &Extras) {
@@ -135,145 +139,7 @@ fn check(weights: &Tensor, grad: &Tensor, moments: &[&Moment], extras: &Extras) 
     assert!(extras.copy.as_ref().is_none_or(bf16), "invariant: the copy is bf16 and as long as the weights");
 }
 
-/// Elements of one step of the parallel loop: whole blocks.
-const CHUNK: usize = 16 * BLOCK;
-
-type Floats<'a> = (Option<Chunks<'a, f32>>, Option<Chunks<'a, Bf16>>);
-
-fn floats(tensor: Option<&mut Tensor>) -> Floats<'_> {
-    match tensor {
-        Some(tensor) if tensor.kind() == Kind::Float => (Some(Chunks::new(slice_mut(tensor), CHUNK)), None),
-        Some(tensor) if tensor.kind() == Kind::BFloat16 => (None, Some(Chunks::new(slice_mut(tensor), CHUNK))),
-        _ => (None, None),
-    }
-}
-
-type Stored<'a> = (Floats<'a>, Option<(Chunks<'a, u8>, Chunks<'a, f32>)>);
-
-fn stored(moment: Option<&mut Moment>) -> Stored<'_> {
-    match moment {
-        Some(Moment { values, scales: Some(scales), .. }) => {
-            let codes = Chunks::new(slice_mut(values), CHUNK);
-            ((None, None), Some((codes, Chunks::new(slice_mut(scales), CHUNK / BLOCK))))
-        }
-        Some(moment) => (floats(Some(&mut moment.values)), None),
-        None => ((None, None), None),
-    }
-}
-
-/// A chunk of numbers in one of the storages.
-enum Part<'a> {
-    F32(&'a mut [f32]),
-    Bf16(&'a mut [Bf16]),
-    Block8 { codes: &'a mut [u8], scales: &'a mut [f32], book: &'static Book, least: u32 },
-    Absent,
-}
-
-impl<'a> Part<'a> {
-    fn of(floats: (Option<&'a mut [f32]>, Option<&'a mut [Bf16]>)) -> Self {
-        match floats {
-            (Some(part), _) => Self::F32(part),
-            (_, Some(part)) => Self::Bf16(part),
-            _ => Self::Absent,
-        }
-    }
-
-    fn of_moment(
-        (floats, codes): ((Option<&'a mut [f32]>, Option<&'a mut [Bf16]>), Option<(&'a mut [u8], &'a mut [f32])>),
-        kind: Codes,
-    ) -> Self {
-        let least = u32::from(kind == Codes::Unsigned);
-        match codes {
-            Some((codes, scales)) => Self::Block8 { codes, scales, book: Book::of(kind), least },
-            None => Self::of(floats),
-        }
-    }
-
-    /// Block `block` of the chunk as f32: itself, or read into `buffer` (0 where there is nothing to read).
-    fn open<'b>(&'b mut self, block: usize, len: usize, buffer: &'b mut [f32; BLOCK]) -> &'b mut [f32] {
-        let at = block * BLOCK..block * BLOCK + len;
-        let buffer = &mut buffer[..len];
-        match self {
-            Self::F32(part) => return &mut part[at],
-            Self::Bf16(part) => widen(&part[at], buffer),
-            Self::Block8 { codes, scales, book, .. } => decode(&codes[at], scales[block], &book.codes, buffer),
-            Self::Absent => buffer.fill(0.0),
-        }
-        buffer
-    }
-
-    /// Writes back what `open` had read.
-    fn close(&mut self, block: usize, len: usize, buffer: &[f32; BLOCK]) {
-        let at = block * BLOCK..block * BLOCK + len;
-        match self {
-            Self::Bf16(part) => narrow(&buffer[..len], &mut part[at]),
-            Self::Block8 { codes, scales, book, least } => {
-                scales[block] = encode(&buffer[..len], &book.cuts, *least, &mut codes[at]);
-            }
-            Self::F32(_) | Self::Absent => {}
-        }
-    }
-}
-
-/// Calls `update(weights, gradient, first, second)` for each block as f32, and stores what it left there.
-fn blocks(
-    weights: &mut Tensor,
-    grad: &Tensor,
-    first: Option<&mut Moment>,
-    second: Option<&mut Moment>,
-    extras: Extras,
-    update: impl Fn(&mut [f32], &[f32], &mut [f32], &mut [f32]) + Sync,
-) {
-    if extras.skip.is_some_and(|skip| slice::<f32>(skip)[0] != 0.0) {
-        return;
-    }
-    let len = weights.numel();
-    let (wide, half) = match grad.kind() {
-        Kind::Float => (Some(slice::<f32>(grad)), None),
-        _ => (None, Some(slice::<Bf16>(grad))),
-    };
-    let outputs = (floats(Some(weights)), stored(first), stored(second), floats(extras.copy));
-    parallel::for_outputs(outputs, 4, |chunk, (w, m, v, copy)| {
-        let mut w = Part::of(w);
-        let (mut m, mut v) = (Part::of_moment(m, Codes::Signed), Part::of_moment(v, Codes::Unsigned));
-        let mut buffers = [[0.0f32; BLOCK]; 4];
-        let [w_buffer, g_buffer, m_buffer, v_buffer] = &mut buffers;
-        let mut copy = copy.1;
-        for (block, at) in (chunk * CHUNK..len.min((chunk + 1) * CHUNK)).step_by(BLOCK).enumerate() {
-            let count = BLOCK.min(len - at);
-            let g = match (wide, half) {
-                (Some(wide), _) => &wide[at..at + count],
-                (_, Some(half)) => {
-                    widen(&half[at..at + count], &mut g_buffer[..count]);
-                    &g_buffer[..count]
-                }
-                _ => &[],
-            };
-            let open = w.open(block, count, w_buffer);
-            update(open, g, m.open(block, count, m_buffer), v.open(block, count, v_buffer));
-            if let Some(copy) = &mut copy {
-                narrow(open, &mut copy[block * BLOCK..block * BLOCK + count]);
-            }
-            w.close(block, count, w_buffer);
-            m.close(block, count, m_buffer);
-            v.close(block, count, v_buffer);
-        }
-    });
-}
-
 vectorised! {
-    fn widen(x: &[Bf16], out: &mut [f32]) {
-        for (out, x) in out.iter_mut().zip(x) {
-            *out = x.get();
-        }
-    }
-
-    fn narrow(x: &[f32], out: &mut [Bf16]) {
-        for (out, x) in out.iter_mut().zip(x) {
-            *out = Bf16::put(*x);
-        }
-    }
-
     fn adamw_block(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], factor: f32, by: AdamWFactors) {
         let len = w.len();
         let (g, m, v) = (&g[..len], &mut m[..len], &mut v[..len]);
@@ -293,59 +159,6 @@ vectorised! {
             w[i] -= lr * m[i];
         }
     }
-}
-
-/// The step by plain tensor operations, for devices without kernels.
-fn plain_adamw(
-    weights: &mut Tensor,
-    grad: &Tensor,
-    first: &mut Moment,
-    second: &mut Moment,
-    by: &AdamWFactors,
-    extras: Extras,
-) {
-    let f = f64::from;
-    let g = scaled(grad, &extras);
-    let (m0, v0, w0) = (first.read(), second.read(), weights.to_kind(Kind::Float).flatten(0, -1));
-    let m = &m0 + (&g - &m0) * f(by.new1);
-    let v = &v0 * f(by.old2) + g.square() * f(by.new2);
-    let w = &w0 * f(by.decay) - &m * f(by.step_size) / (v.sqrt() * f(by.root) + f(by.eps));
-    first.write_unless(&m, extras.skip);
-    second.write_unless(&v, extras.skip);
-    finish(weights, &kept(w, &w0, extras.skip), extras);
-}
-
-fn plain_sgd(weights: &mut Tensor, grad: &Tensor, first: Option<&mut Moment>, sgd: &Sgd, extras: Extras) {
-    let w0 = weights.to_kind(Kind::Float).flatten(0, -1);
-    let mut m = scaled(grad, &extras) + &w0 * sgd.weight_decay;
-    if let Some(first) = first {
-        let m0 = first.read();
-        m += &m0 * sgd.momentum;
-        first.write_unless(&m, extras.skip);
-    }
-    let w = kept(&w0 - m * sgd.lr, &w0, extras.skip);
-    finish(weights, &w, extras);
-}
-
-fn scaled(grad: &Tensor, extras: &Extras) -> Tensor {
-    let g = grad.to_kind(Kind::Float).flatten(0, -1);
-    extras.scale.map_or_else(|| g.shallow_clone(), |scale| &g * scale)
-}
-
-fn kept(new: Tensor, old: &Tensor, skip: Option<&Tensor>) -> Tensor {
-    match skip {
-        Some(skip) => new.where_self(&skip.eq(0.0), old),
-        None => new,
-    }
-}
-
-fn finish(weights: &mut Tensor, new: &Tensor, extras: Extras) {
-    if let Some(copy) = extras.copy {
-        let old = copy.to_kind(Kind::Float).flatten(0, -1);
-        let new = kept(new.shallow_clone(), &old, extras.skip);
-        copy.copy_(&new.view_as(copy));
-    }
-    weights.copy_(&new.view_as(weights));
 }
 
 #[cfg(test)]
@@ -423,7 +236,7 @@ mod tests {
                         let with = |copy| Extras { scale: Some(&scale), skip: Some(&skip), copy: Some(copy) };
                         adamw(&mut fused, &grad, &mut a.0, &mut a.1, &hyper(step), with(one));
                         let by = AdamWFactors::from(&hyper(step));
-                        plain_adamw(&mut plain, &grad, &mut b.0, &mut b.1, &by, with(two));
+                        plain::adamw(&mut plain, &grad, &mut b.0, &mut b.1, &by, with(two));
                     }
                 }
                 let tolerance = if kind == Kind::Float { 2e-6 } else { 4e-3 };
@@ -441,7 +254,7 @@ mod tests {
                 for _ in 0..3 {
                     let grad = randn(len).to_kind(grad_kind);
                     sgd(&mut one, &grad, Some(&mut m), &by, Extras::default());
-                    plain_sgd(&mut two, &grad, Some(&mut n), &by, Extras::default());
+                    plain::sgd(&mut two, &grad, Some(&mut n), &by, Extras::default());
                 }
                 assert!(error(&one, &two) < tolerance, "{kind:?} {storage:?}: {}", error(&one, &two));
             }

@@ -1,0 +1,43 @@
+//! Signals that ask a run to stop: noted, and looked at where it may stop.
+
+use std::ffi::c_int;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+static ASKED: AtomicI32 = AtomicI32::new(0);
+
+/// From here on SIGTERM, SIGUSR1 and the first SIGINT only leave a note; a second SIGINT ends the process as ever.
+pub fn note_requests() {
+    for signal in [libc::SIGTERM, libc::SIGUSR1, libc::SIGINT] {
+        // SAFETY: the handler only touches an atomic and resets a disposition, which signal handlers may do.
+        unsafe { libc::signal(signal, note as *const () as libc::sighandler_t) };
+    }
+}
+
+/// The signal that asked to stop, by its name.
+pub fn request() -> Option<&'static str> {
+    match ASKED.load(Ordering::Relaxed) {
+        libc::SIGTERM => Some("SIGTERM"),
+        libc::SIGUSR1 => Some("SIGUSR1"),
+        libc::SIGINT => Some("SIGINT"),
+        _ => None,
+    }
+}
+
+extern "C" fn note(signal: c_int) {
+    ASKED.store(signal, Ordering::Relaxed);
+    if signal == libc::SIGINT {
+        // SAFETY: restores the default for the next one.
+        unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+    }
+}
+
+/// Free bytes for this user on the file system of a path; None where the system does not say.
+pub fn free_bytes(path: &std::path::Path) -> Option<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
+    // SAFETY: plain old data that the call fills; a path that ends in zero.
+    unsafe {
+        let mut stat: libc::statvfs = std::mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &raw mut stat) == 0).then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
+    }
+}

@@ -1,0 +1,145 @@
+//! A Hugging Face folder from a run's checkpoint, without the run: tensor by tensor, from the slices.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use tch::Kind;
+
+use super::export::{copy_companions, file_name, split, write_index};
+use super::state::StateFiles;
+use super::tensor_file::{Spec, Writer};
+use super::{CheckpointError, ExportOptions, Saved};
+use crate::dist::World;
+
+/// Writes the model of a checkpoint. All ranks call it; each writes its share of the files, rank 0 the rest at the end.
+///
+/// `order`: the tensors with their shapes in model order. The bytes are those of the run's own export at that step. Needs the memory of
+/// the largest tensor. `progress` is called after each tensor of this rank.
+///
+/// # Errors
+/// On all ranks when one of them could not.
+pub fn convert(
+    saved: &Saved,
+    order: &[(&str, &[i64])],
+    options: &ExportOptions,
+    world: &World,
+    mut progress: impl FnMut(),
+) -> Result<(), CheckpointError> {
+    let files = saved.state()?;
+    check(saved, &files, order)?;
+    let specs: Vec<Spec> = order
+        .iter()
+        .map(|(name, shape)| Spec { name: (*name).to_owned(), kind: options.kind, shape: shape.to_vec() })
+        .collect();
+    let cuts = split(&specs, options.max_shard_bytes);
+    let partial = options.target.with_extension("partial");
+    if world.is_first() {
+        let write = |source| CheckpointError::Write { path: partial.clone(), source };
+        if partial.exists() {
+            std::fs::remove_dir_all(&partial).map_err(write)?;
+        }
+        std::fs::create_dir_all(&partial).map_err(write)?;
+    }
+    world.world.barrier();
+    let mut mine = || -> Result<(), CheckpointError> {
+        for (index, range) in cuts.iter().enumerate().skip(world.mesh.rank).step_by(world.mesh.world()) {
+            let path = partial.join(file_name(index, cuts.len()));
+            let mut writer = Writer::create(&path, &specs[range.clone()], &[("format", "pt")])?;
+            for (name, shape) in &order[range.clone()] {
+                writer.append(&files.weights(name, shape)?.to_kind(options.kind).contiguous())?;
+                progress();
+            }
+            writer.finish()?;
+        }
+        Ok(())
+    };
+    let done = mine();
+    let words = done.as_ref().map_or_else(ToString::to_string, |()| String::new());
+    let all = world.world.gather_bytes(words.as_bytes());
+    done?;
+    if let Some(words) = all.iter().find(|words| !words.is_empty()) {
+        let reason = String::from_utf8_lossy(words).into_owned();
+        return Err(CheckpointError::Malformed { path: partial, reason: format!("another rank failed: {reason}") });
+    }
+    if world.is_first() {
+        if cuts.len() > 1 {
+            let names = cuts.iter().enumerate().flat_map(|(index, range)| {
+                let file = file_name(index, cuts.len());
+                specs[range.clone()].iter().map(move |spec| (spec.name.clone(), file.clone()))
+            });
+            write_index(&partial, &specs, &names.collect::<BTreeMap<_, _>>())?;
+        }
+        copy_companions(options, &partial)?;
+        std::fs::rename(&partial, options.target)
+            .map_err(|source| CheckpointError::Write { path: options.target.to_owned(), source })?;
+    }
+    world.world.barrier();
+    Ok(())
+}
+
+/// The checkpoint has the model's tensors, each whole, and no others.
+fn check(saved: &Saved, files: &StateFiles, order: &[(&str, &[i64])]) -> Result<(), CheckpointError> {
+    let have = files.tensors();
+    let mut list = String::new();
+    for (name, shape) in order {
+        match have.get(name) {
+            None => list += &format!("\n  missing      {name} {shape:?}"),
+            Some(found) if found != shape => {
+                list += &format!("\n  wrong shape  {name}: found {found:?}, expected {shape:?}")
+            }
+            Some(_) => {}
+        }
+    }
+    for (name, shape) in &have {
+        if !order.iter().any(|(known, _)| known == name) {
+            list += &format!("\n  unexpected   {name} {shape:?}");
+        }
+    }
+    if list.is_empty() {
+        files.check_coverage()
+    } else {
+        Err(CheckpointError::Mismatch { folder: saved.folder.clone(), list })
+    }
+}
+
+/// How one tensor differs between two checkpoints.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorDifference {
+    pub name: String,
+    /// L2 norm of the difference, and of the first checkpoint's tensor.
+    pub norm: f64,
+    pub size: f64,
+    /// Elements that differ, and all.
+    pub changed: usize,
+    pub elements: usize,
+}
+
+/// Compares the weights of two checkpoints tensor by tensor, in the memory of two tensors.
+///
+/// # Errors
+/// Tensors that only one of them has, or of other shapes.
+pub fn difference(first: &Path, second: &Path) -> Result<Vec<TensorDifference>, CheckpointError> {
+    let open = |path: &Path| Saved::open(path)?.state();
+    let (a, b) = (open(first)?, open(second)?);
+    let (names, others) = (a.tensors(), b.tensors());
+    if names != others {
+        let odd = names.iter().find(|(name, shape)| others.get(*name) != Some(shape));
+        let odd = odd.or_else(|| others.iter().find(|(name, _)| !names.contains_key(*name)));
+        let name = odd.map_or("", |(name, _)| name);
+        let reason = format!("is not the same tensor in {}", first.display());
+        return Err(CheckpointError::Tensor { path: second.to_owned(), name: name.to_owned(), reason });
+    }
+    let mut list = Vec::new();
+    for (name, shape) in names {
+        let (x, y) = (a.weights(name, shape)?, b.weights(name, shape)?);
+        let norm = |t: &tch::Tensor| t.to_kind(Kind::Double).norm().double_value(&[]);
+        list.push(TensorDifference {
+            name: name.to_owned(),
+            norm: norm(&(&x - &y)),
+            size: norm(&x),
+            changed: usize::try_from(x.ne_tensor(&y).sum(Kind::Int64).int64_value(&[])).unwrap_or(0),
+            elements: x.numel(),
+        });
+    }
+    Ok(list)
+}

@@ -1,0 +1,192 @@
+//! Saving while a run goes on: when, by whom, and what happens to the files.
+//!
+//! All ranks decide together at the end of each step, by one small exchange on the host's network: whether to save, whether to
+//! stop, whether the files of an open save are written everywhere. A save costs the step the copy of this rank's state; a
+//! thread writes it. Rank 0 commits when every rank's file is on disk.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use super::RunError;
+use crate::abi::signals;
+use crate::checkpoint::state::{StateSlice, write};
+use crate::checkpoint::store::{FORMAT, file_name};
+use crate::checkpoint::{CheckpointError, Manifest, StateFile, Store};
+use crate::config::{self, Config};
+use crate::dist::{Reduce, World};
+use crate::train::Trainer;
+
+/// Looks after the checkpoints of one run.
+pub struct Saver {
+    config: config::Checkpoint,
+    run: PathBuf,
+    store: Store,
+    resolved: Value,
+    digests: BTreeMap<String, String>,
+    open: Option<Open>,
+    /// Seconds that saving has taken from the steps.
+    pub seconds: f64,
+}
+
+/// A save whose files are being written.
+struct Open {
+    step: usize,
+    optimizer_steps: usize,
+    /// Of the method.
+    method: Value,
+    bytes: usize,
+    writer: JoinHandle<Result<StateFile, CheckpointError>>,
+}
+
+/// What a step is followed by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wish {
+    pub save: bool,
+    /// Save and end.
+    pub stop: bool,
+    /// The files of an open save are on disk everywhere.
+    written: bool,
+}
+
+/// What a run does after a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    GoOn,
+    /// The state is saved; the run can be started again.
+    Stop,
+}
+
+impl Saver {
+    /// `digests`: of the model before training and of the data sets, by name.
+    pub fn new(config: &Config, digests: BTreeMap<String, String>) -> Self {
+        Self {
+            config: config.checkpoint.clone(),
+            run: config.run.dir.clone(),
+            store: Store::of_run(&config.run.dir),
+            resolved: config::to_json(config),
+            digests,
+            open: None,
+            seconds: 0.0,
+        }
+    }
+
+    /// What is to be done after step `step` (from 1) of `steps`. All ranks call it after each step and get the same answer.
+    pub fn ask(&self, step: usize, steps: usize, world: &World) -> Wish {
+        let file = |name: &str| world.is_first() && self.run.join(name).exists();
+        let stop = signals::request().is_some() || file("STOP");
+        let due = self.config.every > 0 && step.is_multiple_of(self.config.every);
+        let writing = self.open.as_ref().is_some_and(|open| !open.writer.is_finished());
+        let mut flags = [stop, due || file("SAVE"), writing].map(|flag| f64::from(u8::from(flag)));
+        world.world.all_reduce_f64(&mut flags, Reduce::Max);
+        let [stop, save, writing] = flags.map(|flag| flag > 0.0);
+        // what is done anyway at the end needs no checkpoint
+        let before_the_end = step < steps;
+        Wish { save: save && before_the_end, stop: stop && before_the_end, written: self.open.is_some() && !writing }
+    }
+
+    /// Does what was asked for after step `step`, whose numbers are known. All ranks call it.
+    ///
+    /// # Errors
+    /// On all ranks when one of them could not write.
+    pub fn act(&mut self, wish: Wish, trainer: &Trainer, step: usize, world: &World) -> Result<Next, RunError> {
+        let start = Instant::now();
+        if self.open.is_some() && (wish.written || wish.save || wish.stop) {
+            // a slow disk delays the next save, it loses none
+            self.commit(world)?;
+        }
+        if wish.save || wish.stop {
+            trainer.check_weights(step, world)?;
+            self.begin(trainer, step, world)?;
+            if wish.stop || !self.config.background {
+                self.commit(world)?;
+            }
+            if world.is_first() {
+                let _ = std::fs::remove_file(self.run.join(if wish.stop { "STOP" } else { "SAVE" }));
+            }
+        }
+        self.seconds += start.elapsed().as_secs_f64();
+        Ok(if wish.stop { Next::Stop } else { Next::GoOn })
+    }
+
+    /// Waits for a save that is still open. All ranks call it.
+    pub fn finish(&mut self, world: &World) -> Result<(), RunError> {
+        if self.open.is_some() { self.commit(world) } else { Ok(()) }
+    }
+
+    fn begin(&mut self, trainer: &Trainer, step: usize, world: &World) -> Result<(), RunError> {
+        // one rank makes the folder; what it could not do, all hear of
+        let made = if world.is_first() { self.store.begin(step).map(drop) } else { Ok(()) };
+        self.agree(made, 0, world)?;
+        let slices = trainer.state(world.mesh, self.config.save_optimizer);
+        let bytes = slices.iter().map(StateSlice::bytes).sum();
+        let path = self.store.partial(step).join(file_name(world.mesh.rank));
+        let name = file_name(world.mesh.rank);
+        let writer = std::thread::spawn(move || write(&path, &slices).map(|written| StateFile::new(name, written)));
+        self.open = Some(Open {
+            step,
+            optimizer_steps: trainer.optimizer.steps(),
+            method: trainer.method.state(),
+            bytes,
+            writer,
+        });
+        Ok(())
+    }
+
+    /// Waits for this rank's file, then for all, and completes the checkpoint.
+    fn commit(&mut self, world: &World) -> Result<(), RunError> {
+        let Open { step, optimizer_steps, method, bytes, writer } =
+            self.open.take().expect("invariant: a save is open");
+        let file = writer.join().expect("invariant: the writing thread does not panic");
+        let described = file.as_ref().map(|file| serde_json::to_string(file).expect("invariant: a file is JSON"));
+        let text = described.as_ref().map_or_else(|_| String::new(), Clone::clone);
+        let all = world.world.gather_bytes(text.as_bytes());
+        self.agree(file.map(drop), bytes, world)?;
+        let committed = if world.is_first() {
+            let files = all.iter().map(|text| serde_json::from_slice(text).expect("invariant: written by us above"));
+            let manifest = Manifest {
+                format: FORMAT,
+                dunlearn: env!("CARGO_PKG_VERSION").to_owned(),
+                step,
+                optimizer_steps,
+                config: self.resolved.clone(),
+                digests: self.digests.clone(),
+                tp: world.mesh.tp,
+                dp: world.mesh.dp,
+                method,
+                files: files.collect(),
+            };
+            let kept = || self.store.keep(self.config.keep_last, self.config.keep_every);
+            self.store.commit(&manifest).and_then(|()| kept())
+        } else {
+            Ok(())
+        };
+        self.agree(committed, bytes, world)?;
+        tracing::info!("saved after step {step}: {}", self.store.folder().join(format!("step_{step:06}")).display());
+        Ok(())
+    }
+
+    /// One rank's failure is everybody's, with its own words.
+    fn agree(&self, mine: Result<(), CheckpointError>, bytes: usize, world: &World) -> Result<(), RunError> {
+        let words = match &mine {
+            Ok(()) => String::new(),
+            Err(error) => {
+                let free = signals::free_bytes(&self.run);
+                let free = free.map_or_else(String::new, |free| format!("; {free} bytes are free there"));
+                format!(
+                    "{error}: this rank has {bytes} bytes to save{free}. The checkpoints before are as they were; make room and start again"
+                )
+            }
+        };
+        let all = world.world.gather_bytes(words.as_bytes());
+        match all.iter().enumerate().find(|(_, words)| !words.is_empty()) {
+            None => Ok(()),
+            Some((rank, words)) => {
+                Err(RunError::Refused(format!("saving, rank {rank}: {}", String::from_utf8_lossy(words))))
+            }
+        }
+    }
+}
