@@ -8,7 +8,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::config;
-use crate::data::{Dataset, Order, RowsOf, Sample};
+use crate::data::{self, Dataset, Order, Sample, Text};
 use crate::dist::{Reduce, World};
 use crate::model::architecture::Packing;
 use crate::model::init::{self, Stream};
@@ -16,8 +16,8 @@ use crate::model::sharding::{Class, Piece, Table};
 use crate::model::{Architecture, Decoder, LogitsPool, ModelError, ReferenceHead, Rope, Scaling};
 use crate::telemetry::{Clock, table};
 use crate::train::{
-    Batches, GradientBuffers, GradientOptions, Layout, Optimizer, Parameters, Reference, Schedule, StepReport, Trainer,
-    TrainerOptions,
+    Batches, Cuts, GradientBuffers, GradientOptions, Layout, Optimizer, Parameters, Reference, Schedule, StepReport,
+    Trainer, TrainerOptions,
 };
 use crate::unlearn;
 
@@ -185,7 +185,7 @@ fn run(
         let noise: &(dyn Fn(Stream, u64) -> f32 + Sync) = match sharding.params[id].class {
             Class::Vector | Class::PartialVector => &|stream, i| 1.0 + 0.25 * stream.symmetric(i),
             Class::Bias => &|stream, i| 0.5 * stream.symmetric(i),
-            Class::Matrix => &|stream, i| 0.25 * stream.symmetric(i),
+            Class::Matrix | Class::Frozen => &|stream, i| 0.25 * stream.symmetric(i),
         };
         Ok::<Tensor, Infallible>(init::fill(piece, noise, SEED))
     };
@@ -201,14 +201,7 @@ fn run(
         state_dtype: None,
         in_backward,
     };
-    let method = config::Method {
-        objective: config::Objective::Npo,
-        beta: None,
-        forget_weight: None,
-        retain: config::Retain::Nll,
-        retain_weight: None,
-        compat: None,
-    };
+    let method = config::Method::new(config::Objective::Npo, config::Retain::Nll);
     let decoder = Decoder {
         arch: arch.clone(),
         table: sharding,
@@ -224,7 +217,7 @@ fn run(
         gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding),
         optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
         schedule: Schedule::new(&schedule, optimizer.lr, STEPS, 1),
-        method: unlearn::method(&method),
+        method: unlearn::method(&method, SEED, 1),
         options: TrainerOptions {
             keep: crate::model::Keep::Inputs,
             logits_bytes: 8192.0,
@@ -241,8 +234,7 @@ fn run(
         order: Order::new(SEED, true, forget.samples.len(), retain.samples.len(), 6),
         anchors: &forget,
         retain: Some(&retain),
-        retain_rows: RowsOf::Scored,
-        count_padding: false,
+        cuts: Cuts::default(),
         budget: 200,
     };
     let mut told = Vec::new();
@@ -276,7 +268,7 @@ fn samples(arch: &Architecture, name: &str, count: u64) -> Dataset {
 struct Known(Vec<Vec<f32>>);
 
 impl Reference for Known {
-    fn logprobs(&self, sample: usize) -> &[f32] {
+    fn logprobs(&self, sample: usize, _: Text) -> &[f32] {
         &self.0[sample]
     }
 
@@ -284,8 +276,12 @@ impl Reference for Known {
         unreachable!("invariant: no divergence here")
     }
 
-    fn rows(&self, _: usize) -> Tensor {
+    fn rows(&self, _: data::Stream, _: usize) -> Tensor {
         unreachable!("invariant: no divergence here")
+    }
+
+    fn hidden(&self, _: data::Stream, _: usize) -> Tensor {
+        unreachable!("invariant: no hidden rows here")
     }
 }
 

@@ -10,14 +10,14 @@ use tch::{Device, Kind, Tensor};
 use super::rate::{matrix_rate, settle};
 use crate::abi::{driver, host};
 use crate::config;
-use crate::data::{Dataset, Order, RowsOf, Sample};
+use crate::data::{self, Dataset, Order, Sample, Text};
 use crate::dist::{Reduce, World};
 use crate::model::init::{self, Stream};
 use crate::model::sharding::Table;
 use crate::model::{Architecture, Decoder, Keep, LogitsPool, ModelError, ReferenceHead};
 use crate::telemetry::{Clock, PARTS, Part, table};
 use crate::train::{
-    self, Batches, GradientBuffers, GradientOptions, Layout, Optimizer, Parameters, Reference, Schedule, Trainer,
+    self, Batches, Cuts, GradientBuffers, GradientOptions, Layout, Optimizer, Parameters, Reference, Schedule, Trainer,
     TrainerOptions,
 };
 use crate::unlearn;
@@ -84,8 +84,7 @@ pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Re
         order: Order::new(0, false, forget.samples.len(), retain.samples.len(), bench.train.global_batch),
         anchors: &forget,
         retain: Some(&retain),
-        retain_rows: RowsOf::Scored,
-        count_padding: false,
+        cuts: Cuts::default(),
         budget: bench.train.micro_batch_tokens,
     };
     let rate_before = matrix_rate(kind, bench.device);
@@ -278,14 +277,7 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
         })
     };
     let Ok(parameters) = Parameters::new(&table, layout, kind, device, source);
-    let method = config::Method {
-        objective: config::Objective::Npo,
-        beta: None,
-        forget_weight: None,
-        retain: config::Retain::Nll,
-        retain_weight: None,
-        compat: None,
-    };
+    let method = config::Method::new(config::Objective::Npo, config::Retain::Nll);
     let decoder = Decoder {
         arch: bench.arch.clone(),
         table,
@@ -305,7 +297,7 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
         gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding),
         optimizer: Optimizer::new(&bench.optimizer, &decoder.table, &parameters),
         schedule: Schedule::new(&config::Schedule::default(), bench.optimizer.lr, bench.steps + WARM_UP + 2, 1),
-        method: unlearn::method(&method),
+        method: unlearn::method(&method, 0, 1),
         options: TrainerOptions {
             keep: match bench.train.recompute {
                 config::Recompute::None => Keep::Everything,
@@ -339,7 +331,7 @@ struct Fixed {
 }
 
 impl Reference for Fixed {
-    fn logprobs(&self, sample: usize) -> &[f32] {
+    fn logprobs(&self, sample: usize, _: Text) -> &[f32] {
         &self.logprobs[sample]
     }
 
@@ -347,8 +339,12 @@ impl Reference for Fixed {
         unreachable!("invariant: the benchmark has no divergence")
     }
 
-    fn rows(&self, _: usize) -> Tensor {
+    fn rows(&self, _: data::Stream, _: usize) -> Tensor {
         unreachable!("invariant: the benchmark has no divergence")
+    }
+
+    fn hidden(&self, _: data::Stream, _: usize) -> Tensor {
+        unreachable!("invariant: no hidden rows in this benchmark")
     }
 }
 

@@ -34,6 +34,8 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: ConfigVerb,
     },
+    /// List the unlearning methods: what they need, where they come from
+    Methods(MethodsOptions),
     /// Measure speed on this machine
     Bench {
         #[command(subcommand)]
@@ -53,6 +55,16 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: DataVerb,
     },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MethodsOptions {
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Run the NPO paper's synthetic experiment and write its figure (SVG)
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub(super) figure: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -11,6 +11,7 @@ mod checkpoint;
 mod device;
 mod ending;
 mod launch;
+mod methods;
 mod run;
 
 use std::process::ExitCode;
@@ -56,6 +57,7 @@ pub fn main() -> ExitCode {
             Ok(())
         }
         Some(Verb::Config { verb: ConfigVerb::Show { file, set } }) => show(&file, &set),
+        Some(Verb::Methods(options)) => methods::methods(&options),
         Some(Verb::Bench { verb: BenchVerb::Step(options) }) => bench::step(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Checkpoint(options) }) => bench::checkpoint(&options, &launched),

@@ -16,6 +16,10 @@ pub enum Kind {
     Chat,
     /// `{text}`: every token but the first is scored; longer texts are split into windows of `max_length`.
     Text,
+    /// `{prompt, chosen, rejected}`: the rejected answer is the sample, the chosen one takes its place in preference objectives.
+    Preference,
+    /// `{question, choices, answer}`: the right choice is the answer, the others are its alternates.
+    Choice,
 }
 
 impl Kind {
@@ -25,6 +29,8 @@ impl Kind {
             Self::Qa => "qa",
             Self::Chat => "chat",
             Self::Text => "text",
+            Self::Preference => "preference",
+            Self::Choice => "choice",
         }
     }
 }
@@ -33,10 +39,10 @@ impl Kind {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Fields {
-    /// Field that holds the question of a `qa` sample. Default `question`.
+    /// Field that holds the question of a `qa` or `choice` sample. Default `question`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub question: Option<String>,
-    /// Field that holds the answer of a `qa` sample. Default `answer`.
+    /// Field that holds the answer of a `qa` sample, or the right choice (its index from 0, letter or text). Default `answer`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,
     /// Field that holds the list of messages of a `chat` sample. Default `messages`.
@@ -45,6 +51,24 @@ pub struct Fields {
     /// Field that holds the text of a `text` sample. Default `text`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
+    /// Field that holds a sample's own refusal, for methods that use refusals. Default `idk`, where it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idk: Option<String>,
+    /// Field that holds a `qa` sample's other answers, a list of strings; for `altpo`. Default `alternates`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alternates: Option<String>,
+    /// Field that holds the prompt of a `preference` sample. Default `prompt`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<String>,
+    /// Field that holds the answer to prefer of a `preference` sample. Default `chosen`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<String>,
+    /// Field that holds the answer to forget of a `preference` sample. Default `rejected`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejected: Option<String>,
+    /// Field that holds the list of choices of a `choice` sample. Default `choices`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub choices: Option<String>,
 }
 
 impl Fields {
@@ -59,7 +83,7 @@ impl Fields {
 pub struct Source {
     /// JSONL file, one sample a line. Relative to the working directory.
     pub path: PathBuf,
-    /// What a line holds: `qa`, `chat` or `text`.
+    /// What a line holds: `qa`, `chat`, `text`, `preference` or `choice`.
     pub kind: Kind,
     /// Names of the fields where the file uses others than the kind's own.
     #[serde(default, skip_serializing_if = "Fields::is_default")]

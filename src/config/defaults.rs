@@ -2,12 +2,8 @@
 //! that what a run records says every number.
 
 use super::data::{Kind, Template, TemplateName};
-use super::schema::{Config, Method, Objective, Optimizer, OptimizerName, Retain};
-
-impl Method {
-    pub const BETA: f64 = 0.1;
-    pub const WEIGHT: f64 = 1.0;
-}
+use super::method::{Method, Objective, Retain};
+use super::schema::{Config, Optimizer, OptimizerName};
 
 impl Optimizer {
     pub const BETAS: [f64; 2] = [0.9, 0.999];
@@ -18,13 +14,11 @@ impl Optimizer {
 /// Gives every key that has an effect its value.
 pub(super) fn fill(config: &mut Config) {
     let method = &mut config.method;
-    if method.objective == Objective::Npo {
-        method.beta.get_or_insert(Method::BETA);
-    }
+    method.fill_own_keys();
     if method.objective != Objective::Finetune {
         method.forget_weight.get_or_insert(Method::WEIGHT);
     }
-    if method.retain != Retain::None {
+    if method.retain != Retain::None && method.dual_start.is_none() {
         method.retain_weight.get_or_insert(Method::WEIGHT);
     }
     let optimizer = &mut config.optimizer;

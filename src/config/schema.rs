@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::data::{Source, Template};
+use super::method::Method;
 
 /// Everything about one run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -142,7 +143,11 @@ pub struct Data {
     /// Samples to train on; only for `objective = "finetune"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<Source>,
-    /// `"chat"` or `{ prompt, answer }`; only `qa` and `chat` samples use it. Default `"chat"`.
+    /// File of refusals, one a line, for methods that use them (`idk`, `idk_dpo`, `kto`, `flat`, retain `ap`) where a sample has none of its
+    /// own. Each sample gets one, drawn from `run.seed`. Default: a list in the program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusals: Option<PathBuf>,
+    /// `"chat"` or `{ prompt, answer }`; all samples but `text` use it. Default `"chat"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<Template>,
     /// System message put before the question when the chat template is used with `qa` samples.
@@ -170,58 +175,6 @@ fn default_max_length() -> usize {
 
 fn yes() -> bool {
     true
-}
-
-/// What is minimised: `forget_weight` x objective + `retain_weight` x retain term.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Method {
-    /// `finetune`, `ga` or `npo`. Required.
-    pub objective: Objective,
-    /// NPO's inverse temperature; smaller is closer to gradient ascent. Default 0.1. Unit: 1/nat.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub beta: Option<f64>,
-    /// Factor of the forget objective. Default 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub forget_weight: Option<f64>,
-    /// `none`, `nll` or `kl`. Default `none`.
-    #[serde(default)]
-    pub retain: Retain,
-    /// Factor of the retain term. Default 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retain_weight: Option<f64>,
-    /// `openunlearning` divides the KL term by rows x longest row, padding counted in, as that framework does (docs/methods.md).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub compat: Option<Compat>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Objective {
-    /// Mean negative log-likelihood of the scored tokens of `data.train`.
-    Finetune,
-    /// Gradient ascent: minus the mean negative log-likelihood of the scored tokens of `data.forget`.
-    Ga,
-    /// Negative preference optimization (arXiv 2404.05868, eq. 3).
-    Npo,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Retain {
-    #[default]
-    None,
-    /// Mean negative log-likelihood of the retain samples' scored tokens.
-    Nll,
-    /// Mean over the retain samples' tokens of KL(reference || model), the reference being the model before training.
-    Kl,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Compat {
-    #[serde(rename = "openunlearning")]
-    OpenUnlearning,
 }
 
 /// How long, in what pieces and in which precision.

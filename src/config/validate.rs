@@ -2,7 +2,8 @@
 
 use super::data::Kind;
 use super::error::ConfigError;
-use super::schema::{Compat, Config, Device, Dp, Eval, Export, Method, Objective, Optimizer, OptimizerName, Retain};
+use super::method::{Compat, Method, Objective, Positions, Retain};
+use super::schema::{Config, Device, Dp, Eval, Export, Optimizer, OptimizerName};
 
 /// Checks what one key says against what the others say.
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
@@ -36,11 +37,32 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
 
 fn method(config: &Config) -> Result<(), ConfigError> {
     let method = &config.method;
-    if method.objective == Objective::Npo {
-        positive("method.beta", method.beta.unwrap_or(Method::BETA))?;
-    } else if method.beta.is_some() {
-        return no_effect("method.beta", "unless method.objective = \"npo\"", "remove it");
+    if let Some(key) = method.keys_without_effect().into_iter().next() {
+        let takers = Method::takers(&key);
+        return no_effect(&format!("method.{key}"), &format!("unless {takers}"), "remove it");
     }
+    let numbers = [
+        ("beta", method.beta),
+        ("alpha", method.alpha),
+        ("steering", method.steering),
+        ("attack_radius", method.attack_radius),
+        ("dual_rate", method.dual_rate),
+        ("retain_bound", method.retain_bound),
+        ("retain_beta", method.retain_beta),
+    ];
+    for (key, value) in numbers {
+        positive(&format!("method.{key}"), value.unwrap_or(1.0))?;
+    }
+    for (key, value) in [
+        ("beta1", method.beta1),
+        ("beta2", method.beta2),
+        ("dual_start", method.dual_start),
+        ("dual_warmup", method.dual_warmup),
+    ] {
+        not_negative(&format!("method.{key}"), value.unwrap_or(0.0))?;
+    }
+    finite("method.delta", method.delta.unwrap_or(0.0))?;
+    positive("method.attack_steps", method.attack_steps.unwrap_or(1) as f64)?;
     if method.objective == Objective::Finetune {
         if method.forget_weight.is_some() {
             return no_effect("method.forget_weight", "with method.objective = \"finetune\"", "remove it");
@@ -52,6 +74,31 @@ fn method(config: &Config) -> Result<(), ConfigError> {
             ));
         }
     }
+    if method.objective == Objective::Pdu {
+        if method.retain != Retain::Nll {
+            let reason = "objective \"pdu\" bounds the retain samples' negative log-likelihood; write retain = \"nll\"";
+            return Err(ConfigError::value("method.retain", reason));
+        }
+        if method.retain_weight.is_some() {
+            let when = "with method.objective = \"pdu\": the weight is the dual variable";
+            return no_effect("method.retain_weight", when, "write method.dual_start");
+        }
+    }
+    if method.update.as_ref().is_some_and(Vec::is_empty) {
+        return Err(ConfigError::value(
+            "method.update",
+            "is empty: nothing would be trained; name tensors, or write [\"*\"]",
+        ));
+    }
+    let layer = method.filled().layer;
+    if let (Some(attack), Some(layer)) = (method.filled().attack_layer, layer)
+        && attack > layer
+    {
+        let reason = format!(
+            "is {attack}, behind the steered layer {layer}: the attack would not be seen; expected at most {layer}"
+        );
+        return Err(ConfigError::value("method.attack_layer", reason));
+    }
     finite("method.forget_weight", method.forget_weight.unwrap_or(Method::WEIGHT))?;
     finite("method.retain_weight", method.retain_weight.unwrap_or(Method::WEIGHT))?;
     if method.retain == Retain::None && method.retain_weight.is_some() {
@@ -61,8 +108,19 @@ fn method(config: &Config) -> Result<(), ConfigError> {
             "remove it or write retain = \"nll\" or \"kl\"",
         );
     }
-    if method.compat == Some(Compat::OpenUnlearning) && method.retain != Retain::Kl {
-        return no_effect("method.compat", "unless method.retain = \"kl\"", "remove it");
+    let differs =
+        method.retain == Retain::Kl || method.retain == Retain::Embedding || method.objective == Objective::Undial;
+    if method.compat == Some(Compat::OpenUnlearning) && !(differs || method.steers()) {
+        let when =
+            "unless method.retain = \"kl\" or \"embedding\", or method.objective = \"undial\", \"rmu\" or \"adv_rmu\"";
+        return no_effect("method.compat", when, "remove it");
+    }
+    if method.compat.is_some() && method.steers() && method.positions == Some(Positions::All) {
+        return no_effect(
+            "method.positions",
+            "\"all\" with method.compat = \"openunlearning\", which looks at answers",
+            "remove it",
+        );
     }
     Ok(())
 }
@@ -112,22 +170,33 @@ fn data(config: &Config) -> Result<(), ConfigError> {
         }
         let fields = &source.fields;
         for (field, name, kind) in [
-            ("question", &fields.question, Kind::Qa),
-            ("answer", &fields.answer, Kind::Qa),
-            ("messages", &fields.messages, Kind::Chat),
-            ("text", &fields.text, Kind::Text),
+            ("question", &fields.question, &[Kind::Qa, Kind::Choice][..]),
+            ("answer", &fields.answer, &[Kind::Qa, Kind::Choice]),
+            ("messages", &fields.messages, &[Kind::Chat]),
+            ("text", &fields.text, &[Kind::Text]),
+            ("idk", &fields.idk, &[Kind::Qa, Kind::Choice, Kind::Preference]),
+            ("alternates", &fields.alternates, &[Kind::Qa]),
+            ("prompt", &fields.prompt, &[Kind::Preference]),
+            ("chosen", &fields.chosen, &[Kind::Preference]),
+            ("rejected", &fields.rejected, &[Kind::Preference]),
+            ("choices", &fields.choices, &[Kind::Choice]),
         ] {
-            if name.is_some() && source.kind != kind {
+            if name.is_some() && !kind.contains(&source.kind) {
                 let when = format!("with kind = {:?}", source.kind.name());
                 return no_effect(&format!("{key}.fields.{field}"), &when, "remove it or change kind");
             }
         }
     }
     let any = |kind: Kind| data.sources().any(|(_, source)| source.kind == kind);
-    if data.system.is_some() && !any(Kind::Qa) {
+    let asked = [Kind::Qa, Kind::Preference, Kind::Choice].into_iter().any(any);
+    if data.refusals.is_some() && !config.method.uses_refusals() {
+        let when = "unless the method uses refusals (objective idk, idk_dpo, kto or flat, or retain = \"ap\")";
+        return no_effect("data.refusals", when, "remove it");
+    }
+    if data.system.is_some() && !asked {
         return no_effect("data.system", "unless a source has kind = \"qa\"", "write the message into the samples");
     }
-    if data.template.is_some() && !any(Kind::Qa) && !any(Kind::Chat) {
+    if data.template.is_some() && !asked && !any(Kind::Chat) {
         return no_effect("data.template", "with kind = \"text\" alone", "remove it");
     }
     if data.max_length < 2 {
@@ -236,6 +305,9 @@ lr = 1e-5
         refused(&["method.objective=ga", "method.beta=0.1"], "method.beta: has no effect unless");
         refused(&["method.retain=none", "method.retain_weight=2"], "method.retain_weight: has no effect");
         refused(&["method.compat=openunlearning"], "method.compat: has no effect unless method.retain = \"kl\"");
+        refused(&["method.delta=1"], "method.delta: has no effect unless method.objective is one of: simnpo");
+        refused(&["method.layer=1"], "method.layer: has no effect unless");
+        refused(&["data.refusals=a"], "data.refusals: has no effect unless");
         refused(&["parallel.sequence_parallel=true"], "parallel.sequence_parallel: has no effect");
         refused(&["optimizer.momentum=0.9"], "optimizer.momentum: has no effect");
         refused(&["optimizer.name=sgd", "optimizer.eps=1e-6"], "optimizer.eps: has no effect");
@@ -255,6 +327,10 @@ lr = 1e-5
     fn what_a_method_needs_is_asked_for() {
         refused(&["method.objective=finetune", "method.retain=none"], "data.train: missing");
         refused(&["method.objective=finetune"], "method.retain: objective \"finetune\"");
+        refused(&["method.objective=pdu", "method.retain=kl"], "method.retain: objective \"pdu\" bounds");
+        refused(&["method.objective=pdu", "method.retain_weight=2"], "method.retain_weight: has no effect with");
+        refused(&["method.objective=adv_rmu", "method.attack_layer=9"], "method.attack_layer: is 9, behind");
+        refused(&["method.objective=rmu", "method.update=[]"], "method.update: is empty");
     }
 
     #[test]

@@ -12,7 +12,9 @@ use serde::Serialize;
 
 use super::encode::{Encoded, Encoder, Sample};
 use super::error::DataError;
-use super::record::{self, Record};
+use super::pack::Text;
+use super::record::{self, Content, Record, Wanted};
+use super::refusals::Refusals;
 use crate::config::Source;
 
 /// The samples of one source, in file order.
@@ -22,9 +24,11 @@ pub struct Dataset {
     pub name: String,
     pub path: PathBuf,
     pub samples: Vec<Sample>,
+    /// For each sample the same prompt with the answer that is to take its answer's place; empty where none was asked for.
+    pub preferred: Vec<Sample>,
     /// For each sample its line in the file, counted from 1; the windows of one text share a line.
     pub lines: Vec<usize>,
-    /// BLAKE3 over tokens and scored positions in order, in hexadecimal.
+    /// BLAKE3 over tokens and scored positions in order, preferred answers included, in hexadecimal.
     pub digest: String,
     pub stats: Stats,
     max_length: usize,
@@ -90,14 +94,31 @@ impl Dataset {
     /// # Errors
     /// Those of [`record::read`] and [`Encoder::encode`]; samples whose prompt alone fills `max_length`.
     pub fn load(name: &str, source: &Source, encoder: &Encoder, max_length: usize) -> Result<Self, DataError> {
+        Self::load_pairs(name, source, encoder, max_length, Wanted::Nothing, &Refusals::own(0))
+    }
+
+    /// As [`Self::load`] with the answers that are `wanted` in place of the samples' own. A sample with several of them becomes
+    /// as many samples, one a preferred answer; one without a refusal of its own gets one of `refusals`.
+    ///
+    /// # Errors
+    /// Those of [`Self::load`]; samples that have no such answer.
+    pub fn load_pairs(
+        name: &str,
+        source: &Source,
+        encoder: &Encoder,
+        max_length: usize,
+        wanted: Wanted,
+        refusals: &Refusals,
+    ) -> Result<Self, DataError> {
         if max_length < 2 {
             return Err(DataError::MaxLength { found: max_length });
         }
-        let records = record::read(name, source)?;
+        let (records, preferred) = pairs(record::read(name, source, wanted)?, wanted, refusals);
         let mut dataset = Self {
             name: name.to_owned(),
             path: source.path.clone(),
             samples: Vec::with_capacity(records.len()),
+            preferred: Vec::with_capacity(preferred.len()),
             lines: Vec::with_capacity(records.len()),
             digest: String::new(),
             stats: Stats::default(),
@@ -109,9 +130,15 @@ impl Dataset {
             refused.see(record.line, &encoded);
             dataset.push(record.line, encoded);
         }
+        for (record, encoded) in preferred.iter().zip(encode_all(&preferred, encoder, max_length)) {
+            let encoded = encoded.map_err(|error| error.in_sample(&dataset.path, record.line))?;
+            refused.see(record.line, &encoded);
+            dataset.stats.longest = dataset.stats.longest.max(encoded.len - encoded.lost);
+            dataset.preferred.extend(encoded.samples);
+        }
         refused.into_result(&dataset.path, records.len(), max_length)?;
         dataset.stats.duplicates = dataset.duplicates();
-        dataset.digest = digest(&dataset.samples);
+        dataset.digest = digest(dataset.samples.iter().chain(&dataset.preferred));
         Ok(dataset)
     }
 
@@ -125,8 +152,22 @@ impl Dataset {
             longest: samples.iter().map(|sample| sample.tokens.len()).max().unwrap_or(0),
             ..Stats::default()
         };
-        let (digest, lines, max_length) = (digest(&samples), (1..=samples.len()).collect(), stats.longest);
-        Self { name: name.to_owned(), path: PathBuf::new(), samples, lines, digest, stats, max_length }
+        let (digest, lines, max_length) = (digest(samples.iter()), (1..=samples.len()).collect(), stats.longest);
+        let (name, path, preferred) = (name.to_owned(), PathBuf::new(), Vec::new());
+        Self { name, path, samples, preferred, lines, digest, stats, max_length }
+    }
+
+    /// The preferred answers as a data set of their own.
+    pub fn companions(&self) -> Self {
+        Self::from_samples(&self.name, self.preferred.clone())
+    }
+
+    /// One of a sample's texts.
+    pub fn text(&self, sample: usize, text: Text) -> &Sample {
+        match text {
+            Text::Answer => &self.samples[sample],
+            Text::Preferred => &self.preferred[sample],
+        }
     }
 
     /// What a user should know before training on this, in plain words; empty if all is well.
@@ -177,8 +218,8 @@ impl Dataset {
     fn duplicates(&self) -> Tally {
         let mut tally = Tally::default();
         let mut seen = HashSet::with_capacity(self.samples.len());
-        for (sample, &line) in self.samples.iter().zip(&self.lines) {
-            tally.add(!seen.insert(sample), line);
+        for (index, (sample, &line)) in self.samples.iter().zip(&self.lines).enumerate() {
+            tally.add(!seen.insert((sample, self.preferred.get(index))), line);
         }
         tally
     }
@@ -192,6 +233,28 @@ pub fn overlap(forget: &Dataset, retain: &Dataset) -> Vec<(usize, usize)> {
         first.entry(sample).or_insert(i);
     }
     forget.samples.iter().enumerate().filter_map(|(i, sample)| Some((i, *first.get(sample)?))).collect()
+}
+
+/// Each record once for each of its preferred answers, and those answers to the same questions; both as they are without any.
+fn pairs(records: Vec<Record>, wanted: Wanted, refusals: &Refusals) -> (Vec<Record>, Vec<Record>) {
+    if wanted == Wanted::Nothing {
+        return (records, Vec::new());
+    }
+    let (mut samples, mut preferred) = (Vec::new(), Vec::new());
+    for (index, mut record) in records.into_iter().enumerate() {
+        if record.preferred.is_empty() {
+            record.preferred.push(refusals.of(index).to_owned());
+        }
+        let Content::Qa { question, .. } = &record.content else {
+            unreachable!("invariant: only questions with one answer have preferred answers");
+        };
+        for answer in &record.preferred {
+            let content = Content::Qa { question: question.clone(), answer: answer.clone() };
+            preferred.push(Record::plain(record.line, content));
+            samples.push(Record::plain(record.line, record.content.clone()));
+        }
+    }
+    (samples, preferred)
 }
 
 /// Records of which no scored token is left.
@@ -244,7 +307,7 @@ fn encode_all(records: &[Record], encoder: &Encoder, max_length: usize) -> Vec<R
     })
 }
 
-fn digest(samples: &[Sample]) -> String {
+fn digest<'a>(samples: impl IntoIterator<Item = &'a Sample>) -> String {
     let mut hasher = blake3::Hasher::new();
     for Sample { tokens, scored } in samples {
         hasher.update(&(tokens.len() as u64).to_le_bytes());

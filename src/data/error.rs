@@ -31,6 +31,12 @@ pub enum DataError {
     #[error("{}:{line}: field {field}: found {found}, expected {expected}", path.display())]
     Field { path: PathBuf, line: usize, field: String, found: String, expected: String },
 
+    #[error("{name}.kind is {kind:?}: the method needs another answer to each question, expected kind {expected}")]
+    NoPair { name: String, kind: &'static str, expected: &'static str },
+
+    #[error("{} holds no refusal: expected one a line, as text or as an object {{\"text\": ...}}", path.display())]
+    NoRefusal { path: PathBuf },
+
     #[error("{} holds no sample: {reason}", path.display())]
     NoSample { path: PathBuf, reason: String },
 

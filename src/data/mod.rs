@@ -6,6 +6,7 @@ mod error;
 mod order;
 mod pack;
 mod record;
+mod refusals;
 pub mod synth;
 mod template;
 
@@ -13,4 +14,6 @@ pub use dataset::{Dataset, Stats, Tally, overlap};
 pub use encode::{Encoder, Sample};
 pub use error::DataError;
 pub use order::{Order, StepBatch};
-pub use pack::{Item, MicroBatch, RowsOf, Sequence, Stream, pack, share};
+pub use pack::{Item, MicroBatch, RowsOf, Sequence, Stream, Text, Texts, pack, share};
+pub use record::Wanted;
+pub use refusals::Refusals;

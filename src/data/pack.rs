@@ -14,13 +14,44 @@ pub enum Stream {
     Retain,
 }
 
+/// One of a sample's texts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Text {
+    /// The sample itself.
+    #[default]
+    Answer,
+    /// The same prompt with the answer that is to take its place.
+    Preferred,
+}
+
+/// Which texts of a sample go through the model; they stay together in one micro-batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Texts {
+    #[default]
+    Answer,
+    Preferred,
+    /// The answer, then the preferred one.
+    Both,
+}
+
+impl Texts {
+    /// The texts in the order in which they stand in a micro-batch.
+    pub fn each(self) -> &'static [Text] {
+        match self {
+            Self::Answer => &[Text::Answer],
+            Self::Preferred => &[Text::Preferred],
+            Self::Both => &[Text::Answer, Text::Preferred],
+        }
+    }
+}
+
 /// One sample of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Item {
     pub stream: Stream,
     /// Index in the stream's data set.
     pub sample: usize,
-    /// Unit: tokens.
+    /// Of all its texts that go through the model. Unit: tokens.
     pub len: usize,
 }
 
@@ -44,11 +75,12 @@ pub struct MicroBatch {
     pub targets: Vec<i64>,
 }
 
-/// One sample inside a micro-batch.
+/// One text of a sample inside a micro-batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequence {
     pub stream: Stream,
     pub sample: usize,
+    pub text: Text,
     pub len: usize,
     /// Its rows in the head.
     pub rows: Range<usize>,
@@ -82,11 +114,21 @@ impl MicroBatch {
     ///
     /// `sample`: the sample of an item; `rows`: which rows each stream needs.
     pub fn new<'a>(items: &[Item], sample: impl Fn(Item) -> &'a Sample, rows: impl Fn(Stream) -> RowsOf) -> Self {
+        Self::with_texts(items, |_| Texts::Answer, |item, _| sample(item), rows)
+    }
+
+    /// As [`Self::new`] with several texts a sample, one after the other.
+    pub fn with_texts<'a>(
+        items: &[Item],
+        texts: impl Fn(Stream) -> Texts,
+        sample: impl Fn(Item, Text) -> &'a Sample,
+        rows: impl Fn(Stream) -> RowsOf,
+    ) -> Self {
         let mut items = items.to_vec();
         items.sort_by_key(|item| (item.stream, std::cmp::Reverse(item.len)));
         let mut batch = Self::default();
-        for item in items {
-            let sample = sample(item);
+        for (item, text) in items.iter().flat_map(|&item| texts(item.stream).each().iter().map(move |&t| (item, t))) {
+            let sample = sample(item, text);
             let (start, first_row) = (batch.tokens.len(), batch.positions.len());
             let tokens = sample.tokens.iter().map(|&id| i64::from(id));
             batch.tokens.extend(tokens);
@@ -104,7 +146,8 @@ impl MicroBatch {
                 }
             }
             let rows = first_row..batch.positions.len();
-            batch.sequences.push(Sequence { stream: item.stream, sample: item.sample, len: sample.tokens.len(), rows });
+            let (stream, len) = (item.stream, sample.tokens.len());
+            batch.sequences.push(Sequence { stream, sample: item.sample, text, len, rows });
         }
         batch
     }

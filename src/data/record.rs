@@ -19,6 +19,29 @@ pub struct Record {
     /// Line in the file, counted from 1.
     pub line: usize,
     pub content: Content,
+    /// Answers that are to take the place of the sample's own, where they were asked for; see [`Wanted`].
+    pub preferred: Vec<String>,
+}
+
+impl Record {
+    /// A record without preferred answers.
+    pub fn plain(line: usize, content: Content) -> Self {
+        Self { line, content, preferred: Vec::new() }
+    }
+}
+
+/// Which answers a method prefers to a sample's own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wanted {
+    /// None: nothing besides the samples themselves is read.
+    #[default]
+    Nothing,
+    /// A refusal: the field `idk` where a sample has one, else one of the refusals of the run.
+    Refusal,
+    /// Other answers to the same question: `alternates`, or the other `choices`.
+    Alternates,
+    /// The `chosen` answer of a `preference` sample.
+    Chosen,
 }
 
 /// What a line holds, by kind.
@@ -66,7 +89,7 @@ impl Role {
 /// # Errors
 /// A file that cannot be read, is not JSONL or holds no sample; a line that is not UTF-8, not JSON, or not of the
 /// source's kind.
-pub fn read(name: &str, source: &Source) -> Result<Vec<Record>, DataError> {
+pub fn read(name: &str, source: &Source, wanted: Wanted) -> Result<Vec<Record>, DataError> {
     if source.limit == Some(0) {
         return Err(DataError::NoSample {
             path: source.path.clone(),
@@ -77,15 +100,15 @@ pub fn read(name: &str, source: &Source) -> Result<Vec<Record>, DataError> {
     let mut records = Vec::new();
     for (number, bytes) in (1..).zip(open(&source.path)?.split(b'\n')) {
         let mut bytes = bytes.map_err(|e| unreadable(&source.path, e))?;
-        let line = Line { name, source, number };
+        let line = Line { name, source, number, wanted };
         if number == 1 {
             line.refuse_other_formats(&bytes)?;
             if bytes.starts_with(BYTE_ORDER_MARK) {
                 bytes.drain(..BYTE_ORDER_MARK.len());
             }
         }
-        if let Some(content) = line.parse(&bytes)? {
-            records.push(Record { line: number, content });
+        if let Some((content, preferred)) = line.parse(&bytes)? {
+            records.push(Record { line: number, content, preferred });
         }
         if records.len() == limit {
             break;
@@ -135,6 +158,7 @@ struct Line<'a> {
     name: &'a str,
     source: &'a Source,
     number: usize,
+    wanted: Wanted,
 }
 
 impl Line<'_> {
@@ -157,7 +181,7 @@ impl Line<'_> {
     }
 
     /// `None` for a blank line.
-    fn parse(&self, bytes: &[u8]) -> Result<Option<Content>, DataError> {
+    fn parse(&self, bytes: &[u8]) -> Result<Option<(Content, Vec<String>)>, DataError> {
         let (path, line) = (|| self.source.path.clone(), self.number);
         let text = std::str::from_utf8(bytes).map_err(|e| {
             let byte = e.valid_up_to() + 1;
@@ -180,7 +204,8 @@ impl Line<'_> {
                 kind: self.source.kind.name(),
             });
         };
-        self.content(&object).map(Some)
+        let content = self.content(&object)?;
+        Ok(Some((content, self.preferred(&object)?)))
     }
 
     fn content(&self, object: &Map<String, Value>) -> Result<Content, DataError> {
@@ -192,7 +217,83 @@ impl Line<'_> {
             }),
             Kind::Text => Ok(Content::Text(self.text(object, "text", fields.text.as_deref())?)),
             Kind::Chat => self.messages(object, fields.messages.as_deref()).map(Content::Chat),
+            Kind::Preference => Ok(Content::Qa {
+                question: self.text(object, "prompt", fields.prompt.as_deref())?,
+                answer: self.text(object, "rejected", fields.rejected.as_deref())?,
+            }),
+            Kind::Choice => {
+                let question = self.text(object, "question", fields.question.as_deref())?;
+                let (mut choices, right) = self.choices(object)?;
+                Ok(Content::Qa { question, answer: choices.swap_remove(right) })
+            }
         }
+    }
+
+    /// The preferred answers that this sample brings itself.
+    fn preferred(&self, object: &Map<String, Value>) -> Result<Vec<String>, DataError> {
+        let fields = &self.source.fields;
+        let refuse = |expected: &'static str| {
+            Err(DataError::NoPair { name: self.name.to_owned(), kind: self.source.kind.name(), expected })
+        };
+        match (self.wanted, self.source.kind) {
+            (Wanted::Nothing, _) => Ok(Vec::new()),
+            (_, Kind::Text | Kind::Chat) => refuse("\"qa\", \"choice\" or \"preference\": a question with one answer"),
+            (Wanted::Refusal, _) => match fields.idk.as_deref().or(object.get("idk").map(|_| "idk")) {
+                Some(field) => Ok(vec![self.text(object, "idk", Some(field))?]),
+                None => Ok(Vec::new()),
+            },
+            (Wanted::Alternates, Kind::Choice) => {
+                let (mut choices, right) = self.choices(object)?;
+                choices.remove(right);
+                Ok(choices)
+            }
+            (Wanted::Alternates, Kind::Qa) => {
+                let (field, value) = self.field(object, "alternates", fields.alternates.as_deref())?;
+                match value {
+                    Value::Array(values) => self.strings(&field, values),
+                    value => Ok(vec![self.filled(field, value)?]),
+                }
+            }
+            (Wanted::Alternates, _) => refuse("\"qa\" with the field alternates, or \"choice\""),
+            (Wanted::Chosen, Kind::Preference) => Ok(vec![self.text(object, "chosen", fields.chosen.as_deref())?]),
+            (Wanted::Chosen, _) => refuse(
+                "\"preference\"; with another kind write objective \"idk_dpo\" (refusals) or \"altpo\" (alternates)",
+            ),
+        }
+    }
+
+    /// The choices of a `choice` sample and the index of the right one, which is given as an index from 0, a letter or the text.
+    fn choices(&self, object: &Map<String, Value>) -> Result<(Vec<String>, usize), DataError> {
+        let (field, value) = self.field(object, "choices", self.source.fields.choices.as_deref())?;
+        let Value::Array(values) = value else {
+            return Err(self.wrong(field, describe(value), "a list of strings"));
+        };
+        let choices = self.strings(&field, values)?;
+        let (field, value) = self.field(object, "answer", self.source.fields.answer.as_deref())?;
+        let letter = |text: &str| match text.trim().as_bytes() {
+            [letter] if letter.is_ascii_uppercase() => Some(usize::from(letter - b'A')),
+            _ => None,
+        };
+        let right = match value {
+            Value::Number(index) => index.as_u64().map(|index| index as usize),
+            Value::String(text) => choices.iter().position(|choice| choice == text).or_else(|| letter(text)),
+            _ => None,
+        };
+        match right.filter(|&right| right < choices.len() && choices.len() > 1) {
+            Some(right) => Ok((choices, right)),
+            None => {
+                let expected = format!("the index from 0, the letter or the text of one of {} choices", choices.len());
+                Err(self.wrong(field, value.to_string(), &expected))
+            }
+        }
+    }
+
+    fn strings(&self, field: &str, values: &[Value]) -> Result<Vec<String>, DataError> {
+        if values.is_empty() {
+            return Err(self.wrong(field.to_owned(), "an empty list".to_owned(), "at least one string"));
+        }
+        let filled = |(i, value): (usize, &Value)| self.filled(format!("{field}[{i}]"), value);
+        values.iter().enumerate().map(filled).collect()
     }
 
     /// The value of the field that stands for `key`, a kind's own field name.
@@ -207,9 +308,15 @@ impl Line<'_> {
             return Ok((format!("{field:?}"), value));
         }
         let present: Vec<_> = object.keys().map(|key| format!("{key:?}")).collect();
-        let other = [(Kind::Qa, "question"), (Kind::Chat, "messages"), (Kind::Text, "text")]
-            .into_iter()
-            .find(|(kind, own)| *kind != self.source.kind && object.contains_key(*own));
+        let other = [
+            (Kind::Choice, "choices"),
+            (Kind::Preference, "rejected"),
+            (Kind::Qa, "question"),
+            (Kind::Chat, "messages"),
+            (Kind::Text, "text"),
+        ]
+        .into_iter()
+        .find(|(kind, own)| *kind != self.source.kind && object.contains_key(*own));
         let mut fix = format!("if one of them is the {key}, set {}.fields.{key} = \"...\"", self.name);
         if let Some((kind, _)) = other {
             fix.push_str(&format!("; this looks like {}.kind = \"{}\"", self.name, kind.name()));

@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod cuda;
+pub mod distribution;
 pub mod moment;
 pub mod optimizer;
 pub mod reduce;

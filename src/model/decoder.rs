@@ -4,6 +4,7 @@
 //! recompute policy says; backward walks them in reverse, one explicit vector-Jacobian product each. The tensor-parallel
 //! collectives stand between the products, in plain sight; a recompute costs none that a backward without it has not.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
@@ -59,17 +60,34 @@ impl Decoder {
     ///
     /// All ranks of the tensor-parallel group call it with the same batch.
     pub fn forward(&self, weights: &Weights, batch: &Batch, keep: Keep) -> (Tensor, Tape) {
+        let x = self.enter(weights, batch);
+        let (x, tape) = self.through(weights, batch, x, 0..self.arch.num_layers, keep);
+        (self.all_tokens(&x), tape)
+    }
+
+    /// The rows that enter the first layer: this rank's part of the tokens with sequence parallelism, else all of them.
+    pub fn enter(&self, weights: &Weights, batch: &Batch) -> Tensor {
+        self.clock.time(Part::Embedding, || self.embed(weights, batch))
+    }
+
+    /// Runs some of the layers over the rows that enter the first of them; gives the rows that enter the one behind the last.
+    pub fn through(
+        &self,
+        weights: &Weights,
+        batch: &Batch,
+        mut x: Tensor,
+        layers: Range<usize>,
+        keep: Keep,
+    ) -> (Tensor, Tape) {
         let time = &self.clock;
-        let mut x = time.time(Part::Embedding, || self.embed(weights, batch));
         let mut tape = Tape { attention: Vec::new(), mlp: Vec::new() };
-        for layer in 0..self.arch.num_layers {
+        for layer in layers {
             let (y, kept) = time.time(Part::Attention, || attention::forward(self, weights, layer, batch, x, keep));
             tape.attention.extend(kept);
             let (y, kept) = time.time(Part::Mlp, || mlp::forward(self, weights, layer, y, keep));
             tape.mlp.extend(kept);
             x = y;
         }
-        let x = if self.sequence_parallel { self.tp.all_gather(&x) } else { x };
         (x, tape)
     }
 
@@ -78,15 +96,33 @@ impl Decoder {
     /// `grad: [tokens, hidden]`, complete (not partial) on every rank. All ranks of the tensor-parallel group call it.
     pub fn backward(&self, weights: &Weights, batch: &Batch, tape: Tape, grad: Tensor, sink: &mut dyn Gradients) {
         let mut grad = if self.sequence_parallel { self.own_tokens(&grad).copy() } else { grad };
+        self.back_through(weights, batch, tape, 0..self.arch.num_layers, &mut grad, sink);
+        self.leave(batch, grad, sink);
+    }
+
+    /// The reverse of [`Self::through`]: turns the gradient of the rows behind the layers into that of the rows before them, in place.
+    pub fn back_through(
+        &self,
+        weights: &Weights,
+        batch: &Batch,
+        tape: Tape,
+        layers: Range<usize>,
+        grad: &mut Tensor,
+        sink: &mut dyn Gradients,
+    ) {
         let Tape { mut attention, mut mlp } = tape;
-        for layer in (0..self.arch.num_layers).rev() {
+        for layer in layers.rev() {
             let kept = mlp.pop().expect("invariant: forward kept one entry a half block");
-            self.clock.time(Part::Mlp, || mlp::backward(self, weights, layer, kept, &mut grad, sink));
+            self.clock.time(Part::Mlp, || mlp::backward(self, weights, layer, kept, grad, sink));
             let kept = attention.pop().expect("invariant: forward kept one entry a half block");
-            let run = || attention::backward(self, weights, layer, batch, kept, &mut grad, sink);
+            let run = || attention::backward(self, weights, layer, batch, kept, grad, sink);
             self.clock.time(Part::Attention, run);
         }
-        let grad = if self.sequence_parallel { self.tp.all_gather(&grad) } else { grad };
+    }
+
+    /// The reverse of [`Self::enter`]; the last of a backward pass.
+    pub fn leave(&self, batch: &Batch, grad: Tensor, sink: &mut dyn Gradients) {
+        let grad = self.all_tokens(&grad);
         self.clock.time(Part::Embedding, || self.embed_backward(batch, &grad, sink));
         sink.complete(0);
     }
@@ -106,7 +142,16 @@ impl Decoder {
         }
     }
 
-    fn own_tokens(&self, x: &Tensor) -> Tensor {
+    /// All tokens' rows from whatever this rank holds of them between layers.
+    pub fn all_tokens(&self, x: &Tensor) -> Tensor {
+        if self.sequence_parallel { self.tp.all_gather(x) } else { x.shallow_clone() }
+    }
+
+    /// What this rank holds between layers of all tokens' rows: a view.
+    pub fn own_tokens(&self, x: &Tensor) -> Tensor {
+        if !self.sequence_parallel {
+            return x.shallow_clone();
+        }
         let each = x.size()[0] / self.tp.size() as i64;
         x.narrow(0, self.tp.rank() as i64 * each, each)
     }

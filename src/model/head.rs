@@ -4,6 +4,8 @@
 //! caller decides the weight of each row's gradient. Pass 2 computes the logits again, chunk by chunk, and turns them in
 //! place into `weight * (softmax - one-hot)`; it needs no collective but the sum of the hidden gradient.
 
+pub mod distribution;
+
 use std::cell::RefCell;
 
 use tch::{Kind, Tensor};

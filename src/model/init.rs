@@ -60,6 +60,7 @@ pub fn initial(param: &Param, piece: &Piece, seed: u64, std: f64) -> Tensor {
         Class::Vector | Class::PartialVector => Tensor::ones(&piece.size, options),
         Class::Bias => Tensor::zeros(&piece.size, options),
         Class::Matrix => fill(piece, &|stream, index| (stream.normal(index) * std) as f32, seed),
+        Class::Frozen => unreachable!("invariant: values are drawn for a table in which nothing is frozen"),
     }
 }
 

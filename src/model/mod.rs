@@ -21,6 +21,7 @@ mod weights;
 pub use architecture::Architecture;
 pub use batch::Batch;
 pub use decoder::{Decoder, Keep, Tape};
+pub use head::distribution::{Distribution, OfDistribution};
 pub use head::{Divergence, LogitsPool, ReferenceHead, Rows, Scores};
 pub use rope::{Rope, Scaling};
 pub use weights::{Gradients, Weights};

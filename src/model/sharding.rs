@@ -38,6 +38,8 @@ pub enum Class {
     PartialVector,
     /// The same on all ranks, gradient included: counted once.
     Vector,
+    /// Not trained: no gradient, no optimizer state, no weight decay.
+    Frozen,
 }
 
 /// One parameter as this rank holds it.
@@ -105,6 +107,45 @@ impl Table {
         Ok(Self { params: builder.params, embedding, layers, final_norm, head, vocab })
     }
 
+    /// Leaves only the parameters trainable whose Hugging Face names match one of `patterns` (`*` stands for anything).
+    ///
+    /// # Errors
+    /// A pattern that matches nothing, or only a part of what is held as one parameter (q, k and v; gate and up).
+    pub fn train_only(&mut self, patterns: &[String]) -> Result<(), ModelError> {
+        let mut used = vec![false; patterns.len()];
+        for param in &mut self.params {
+            let mut names: Vec<&str> = param.pieces.iter().map(|piece| piece.name.as_str()).collect();
+            names.dedup();
+            let hits = |name: &&str| patterns.iter().any(|pattern| matches(pattern, name));
+            let hit = names.iter().filter(|name| hits(name)).count();
+            for (used, pattern) in used.iter_mut().zip(patterns) {
+                *used |= names.iter().any(|name| matches(pattern, name));
+            }
+            if hit == 0 {
+                param.class = Class::Frozen;
+            } else if hit < names.len() {
+                let names = names.join(", ");
+                return Err(ModelError::Layout(format!(
+                    "method.update names only a part of {names}; they are trained together"
+                )));
+            }
+        }
+        match used.iter().position(|used| !used) {
+            Some(at) => Err(ModelError::Layout(format!(
+                "method.update: {:?} matches no tensor of the model; names are like {:?}",
+                patterns[at], self.params[self.layers[0].down].pieces[0].name
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// The first layer that backward must come to: in those before it, and in the embedding, nothing is trained.
+    pub fn first_trained_layer(&self) -> usize {
+        let trained = self.params.iter().filter(|param| param.class != Class::Frozen);
+        // unit 0 is the embedding, then two units a layer
+        trained.map(|param| param.unit.saturating_sub(1) / 2).min().unwrap_or(self.layers.len()).min(self.layers.len())
+    }
+
     /// Units of backward in forward order: embedding, then attention and MLP of each layer, then the head with the final
     /// norm. A unit's gradients are complete when its backward is done (a tied head's with the embedding).
     pub fn num_units(&self) -> usize {
@@ -131,6 +172,22 @@ pub fn attention_unit(layer: usize) -> usize {
 /// Unit of a layer's MLP half block.
 pub fn mlp_unit(layer: usize) -> usize {
     2 + 2 * layer
+}
+
+/// Whether `name` is `pattern`, in which `*` stands for anything.
+fn matches(pattern: &str, name: &str) -> bool {
+    let Some((start, rest)) = pattern.split_once('*') else { return pattern == name };
+    let Some(mut name) = name.strip_prefix(start) else { return false };
+    loop {
+        if matches(rest, name) {
+            return true;
+        }
+        let mut letters = name.chars();
+        match letters.next() {
+            Some(_) => name = letters.as_str(),
+            None => return false,
+        }
+    }
 }
 
 fn check_tp(arch: &Architecture, tp: usize) -> Result<(), ModelError> {

@@ -7,12 +7,13 @@ use tch::{Device, Kind};
 use super::RunError;
 use crate::checkpoint::Folder;
 use crate::config::{Config, Init, Objective, Precision, Retain, Template, TemplateName};
-use crate::data::{Dataset, Encoder, overlap};
+use crate::data::{Dataset, Encoder, Refusals, Wanted, overlap};
 use crate::dist::World;
 use crate::model::sharding::Table;
 use crate::model::{Architecture, Decoder, LogitsPool, families, init};
 use crate::telemetry::{Clock, Console};
 use crate::train::{Layout, Parameters};
+use crate::unlearn;
 
 /// Model and data as they were read; the same on all ranks.
 pub struct Inputs {
@@ -43,7 +44,7 @@ impl Inputs {
     pub fn read(config: &Config, world: &World) -> Result<Self, RunError> {
         let arch = families::read(&config.model.path)?;
         // the layout is checked before anything slow
-        let table = Table::new(&arch, world.mesh.tp, world.mesh.tp_rank(), config.parallel.sequence_parallel)?;
+        let mut table = Table::new(&arch, world.mesh.tp, world.mesh.tp_rank(), config.parallel.sequence_parallel)?;
         let weights = match config.model.init {
             Init::Random => None,
             Init::Pretrained => Some(Folder::open(&config.model.path)?),
@@ -51,19 +52,36 @@ impl Inputs {
         if let Some(weights) = &weights {
             weights.check(&table)?;
         }
+        for (key, layer) in [("layer", config.method.layer), ("attack_layer", config.method.attack_layer)] {
+            if let Some(layer) = layer.filter(|&layer| layer >= arch.num_layers) {
+                return Err(RunError::Refused(format!(
+                    "method.{key} is {layer}, the model's layers are 0 to {}; set method.{key}",
+                    arch.num_layers - 1
+                )));
+            }
+        }
+        if let Some(names) = &config.method.update {
+            table.train_only(names)?;
+        }
         let data = &config.data;
         // texts need no template
         let template = data.template.as_ref().unwrap_or(&Template::Named(TemplateName::Chat));
         let encoder = Encoder::from_folder(&config.model.path, template, data.system.as_deref())?;
-        let load = |name: &str, source| Dataset::load(name, source, &encoder, data.max_length);
+        let seed = config.run.seed;
+        let refusals =
+            data.refusals.as_ref().map_or_else(|| Ok(Refusals::own(seed)), |path| Refusals::read(path, seed))?;
+        let (wanted, retain_wanted) = unlearn::wanted(&config.method);
+        let load = |name: &str, source, wanted| {
+            Dataset::load_pairs(name, source, &encoder, data.max_length, wanted, &refusals)
+        };
         let finetune = config.method.objective == Objective::Finetune;
         let (key, anchors_name, source) =
             if finetune { ("data.train", "train", &data.train) } else { ("data.forget", "forget", &data.forget) };
         let source = source.as_ref().expect("invariant: the configuration was validated");
-        let anchors = load(key, source)?;
-        let retain = data.retain.as_ref().map(|source| load("data.retain", source)).transpose()?;
+        let anchors = load(key, source, wanted)?;
+        let retain = data.retain.as_ref().map(|source| load("data.retain", source, retain_wanted)).transpose()?;
         let watched = data.forget.as_ref().filter(|_| finetune);
-        let watched = watched.map(|source| load("data.forget", source)).transpose()?;
+        let watched = watched.map(|source| load("data.forget", source, Wanted::Nothing)).transpose()?;
         let stored_kind = weights.as_ref().map_or(Kind::Float, Folder::kind);
         let mut inputs =
             Self { arch, anchors, retain, watched, weights, stored_kind, anchors_name, warnings: Vec::new() };
@@ -86,7 +104,7 @@ impl Inputs {
         device: Device,
         console: &Console,
     ) -> Result<Loaded, RunError> {
-        let (table, layout) = self.layout(config, world)?;
+        let (whole, (table, layout)) = (self.table(config, world)?, self.layout(config, world)?);
         let kind = match config.train.precision {
             Precision::Bf16 => Kind::BFloat16,
             Precision::F32 => Kind::Float,
@@ -98,7 +116,7 @@ impl Inputs {
             bar.advance(1, "");
             match &self.weights {
                 Some(folder) => folder.slice(piece),
-                None => Ok(init::initial(&table.params[id], piece, seed, std)),
+                None => Ok(init::initial(&whole.params[id], piece, seed, std)),
             }
         })?;
         drop(bar);
@@ -122,10 +140,19 @@ impl Inputs {
         Ok(Loaded { decoder, parameters, identity })
     }
 
+    /// The shards of this rank with everything trained.
+    fn table(&self, config: &Config, world: &World) -> Result<Table, RunError> {
+        let mesh = world.mesh;
+        Ok(Table::new(&self.arch, mesh.tp, mesh.tp_rank(), config.parallel.sequence_parallel)?)
+    }
+
     /// Where this rank's part of every parameter lies.
     pub fn layout(&self, config: &Config, world: &World) -> Result<(Table, Layout), RunError> {
         let mesh = world.mesh;
-        let table = Table::new(&self.arch, mesh.tp, mesh.tp_rank(), config.parallel.sequence_parallel)?;
+        let mut table = self.table(config, world)?;
+        if let Some(names) = &config.method.update {
+            table.train_only(names)?;
+        }
         let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
         let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
         let layout = Layout::new(&table, bucket.max(1), owners, owner);
@@ -169,7 +196,7 @@ impl Inputs {
 
     fn check(&mut self, config: &Config) -> Result<(), RunError> {
         for (_, set) in self.sets() {
-            for (sample, &line) in set.samples.iter().zip(&set.lines) {
+            for (sample, &line) in set.samples.iter().chain(&set.preferred).zip(set.lines.iter().cycle()) {
                 if let Some(id) = sample.tokens.iter().find(|&&id| i64::from(id) >= self.arch.vocab) {
                     return Err(RunError::Refused(format!(
                         "{}:{line}: the tokenizer gives token {id}, the model's vocabulary has {} rows; tokenizer and model in {} do not belong together",

@@ -55,8 +55,11 @@ impl Journal<'_> {
             "device_bytes": process::device_bytes(context.device),
             "time": process::unix_seconds(),
         });
-        for (name, value) in trainer.method.forget.numbers().iter().zip(&report.numbers) {
+        for (name, value) in trainer.method.numbers().iter().zip(&report.numbers) {
             line[name] = json!(value);
+        }
+        if trainer.method.dual.is_some() {
+            line["retain_weight"] = json!(trainer.method.retain_weight);
         }
         self.metrics.write(&line)?;
         self.tokens += work.tokens;

@@ -27,7 +27,7 @@ use tch::{Device, Kind};
 use crate::abi::signals;
 use crate::checkpoint::{ExportOptions, Store, export};
 use crate::config::{self, Config};
-use crate::data::{Dataset, Order, RowsOf};
+use crate::data::{Dataset, Order, RowsOf, Stream};
 use crate::dist::World;
 use crate::eval::{self, ForwardOptions, LikelihoodScores};
 use crate::model::Keep;
@@ -35,12 +35,13 @@ use crate::model::sharding::Table;
 use crate::telemetry::{Console, LogFile};
 use crate::train;
 use crate::train::{
-    Batches, GradientBuffers, GradientOptions, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
+    Batches, Cuts, GradientBuffers, GradientOptions, Method, Optimizer, Reference, ReferenceNeeds, Retain, Schedule,
+    Trainer, TrainerOptions,
 };
 use crate::unlearn;
 use files::RunFolder;
 use journal::{Journal, comm_seconds};
-use reference::{Identity, ReferenceCache, ReferenceOptions};
+use reference::{Identity, Kept, ReferenceCache, ReferenceOptions};
 use resume::Start;
 use saving::{Next, Saver};
 
@@ -94,7 +95,9 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let Loaded { decoder, parameters, identity } = inputs.load(config, world, context.device, console)?;
     let steps = total_steps(config, &inputs);
 
-    let batches = batches(config, &inputs);
+    let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
+    let method = unlearn::method(&config.method, config.run.seed, per_epoch);
+    let batches = batches(config, &inputs, &method);
     one_micro_batch_a_step(config, &batches, steps, world)?;
     let forward =
         ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
@@ -106,10 +109,9 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     };
     let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding);
     let optimizer = Optimizer::new(&config.optimizer, &decoder.table, &parameters);
-    let per_epoch = batches.order.steps_per_epoch();
     let mut trainer = Trainer {
         schedule: Schedule::new(&config.schedule, config.optimizer.lr, steps, per_epoch),
-        method: unlearn::method(&config.method),
+        method,
         options: TrainerOptions {
             in_backward: config.optimizer.in_backward,
             keep: match config.train.recompute {
@@ -157,8 +159,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         told: Instant::now(),
         seconds_to_first_step: 0.0,
     };
-    // a GPU works while the host prepares the next step: its numbers are read one step late
-    let late = usize::from(context.device != Device::Cpu);
+    // a GPU works while the host prepares the next step: its numbers are read one step late, unless the next step needs them
+    let late = usize::from(context.device != Device::Cpu && trainer.method.dual.is_none());
     let mut open = VecDeque::new();
     journal.progress.advance(first as u64, "");
     for step in first..steps {
@@ -257,6 +259,7 @@ fn restore(
         return Err(RunError::Refused(String::from_utf8_lossy(words).into_owned()));
     }
     trainer.restore(&saved.state()?, saved.manifest.optimizer_steps, world)?;
+    trainer.method.restore(&saved.manifest.method).map_err(RunError::Refused)?;
     tracing::info!("going on after step {step}, from {}", saved.folder.display());
     Ok(())
 }
@@ -305,8 +308,7 @@ fn total_steps(config: &Config, inputs: &Inputs) -> usize {
 }
 
 /// The order of the samples and how they are cut.
-fn batches<'a>(config: &Config, inputs: &'a Inputs) -> Batches<'a> {
-    let divergence = config.method.retain == config::Retain::Kl;
+fn batches<'a>(config: &Config, inputs: &'a Inputs, method: &Method) -> Batches<'a> {
     let partners = match config.method.retain {
         config::Retain::None => None,
         _ => inputs.retain.as_ref(),
@@ -317,8 +319,10 @@ fn batches<'a>(config: &Config, inputs: &'a Inputs) -> Batches<'a> {
         order: Order::new(seed, shuffle, anchors, partner_count, config.train.global_batch),
         anchors: &inputs.anchors,
         retain: partners,
-        retain_rows: if divergence { RowsOf::Every } else { RowsOf::Scored },
-        count_padding: config.method.compat == Some(config::Compat::OpenUnlearning),
+        cuts: Cuts::of(
+            method,
+            matches!(method.retain, Retain::Divergence) && config.method.compat == Some(config::Compat::OpenUnlearning),
+        ),
         budget: config.train.micro_batch_tokens,
     }
 }
@@ -336,8 +340,8 @@ fn reference(
     folder: &RunFolder,
     context: &Context,
 ) -> Result<Option<ReferenceCache>, RunError> {
-    let divergence = matches!(trainer.method.retain, crate::train::Retain::Divergence);
-    if !trainer.method.forget.needs_reference() && !divergence {
+    let needs = trainer.method.reference();
+    if needs == ReferenceNeeds::default() {
         return Ok(None);
     }
     let (weights, world) = (&trainer.parameters.weights, &context.world);
@@ -348,14 +352,27 @@ fn reference(
         config::Precision::F32 => "f32",
     };
     let mut cache = ReferenceCache::default();
-    if trainer.method.forget.needs_reference() {
-        let identity = Identity { model, data: &inputs.anchors.digest, precision };
-        cache.load_logprobs(&trainer.decoder, weights, &inputs.anchors, &identity, &options)?;
+    let identity = |data| Identity { model, data, precision };
+    for text in needs.logprobs {
+        cache.load_logprobs(
+            &trainer.decoder,
+            weights,
+            &inputs.anchors,
+            text,
+            &identity(&inputs.anchors.digest),
+            &options,
+        )?;
     }
-    if let (true, Some(retain)) = (divergence, &inputs.retain) {
-        let samples = batches.visited_retain(steps, world.mesh);
-        let identity = Identity { model, data: &retain.digest, precision };
-        cache.load_divergence(&trainer.decoder, weights, retain, &samples, &identity, &options)?;
+    let rows = needs.rows.iter().map(|&stream| (stream, None));
+    let hidden = needs.hidden.iter().map(|&(stream, edge)| (stream, Some(edge)));
+    for (stream, edge) in rows.chain(hidden) {
+        let dataset = match stream {
+            Stream::Forget => &inputs.anchors,
+            Stream::Retain => inputs.retain.as_ref().expect("invariant: a retain term has retain samples"),
+        };
+        let samples = batches.visited(stream, steps, world.mesh);
+        let what = Kept { stream, edge, rows: edge.map_or(trainer.method.cut(stream).rows, |_| RowsOf::Every) };
+        cache.load_rows(&trainer.decoder, weights, dataset, &samples, what, &identity(&dataset.digest), &options)?;
     }
     Ok(Some(cache))
 }

@@ -36,6 +36,8 @@ pub struct Saver {
 struct Open {
     step: usize,
     optimizer_steps: usize,
+    /// Of the method.
+    method: Value,
     bytes: usize,
     writer: JoinHandle<Result<StateFile, CheckpointError>>,
 }
@@ -124,13 +126,20 @@ impl Saver {
         let path = self.store.partial(step).join(file_name(world.mesh.rank));
         let name = file_name(world.mesh.rank);
         let writer = std::thread::spawn(move || write(&path, &slices).map(|written| StateFile::new(name, written)));
-        self.open = Some(Open { step, optimizer_steps: trainer.optimizer.steps(), bytes, writer });
+        self.open = Some(Open {
+            step,
+            optimizer_steps: trainer.optimizer.steps(),
+            method: trainer.method.state(),
+            bytes,
+            writer,
+        });
         Ok(())
     }
 
     /// Waits for this rank's file, then for all, and completes the checkpoint.
     fn commit(&mut self, world: &World) -> Result<(), RunError> {
-        let Open { step, optimizer_steps, bytes, writer } = self.open.take().expect("invariant: a save is open");
+        let Open { step, optimizer_steps, method, bytes, writer } =
+            self.open.take().expect("invariant: a save is open");
         let file = writer.join().expect("invariant: the writing thread does not panic");
         let described = file.as_ref().map(|file| serde_json::to_string(file).expect("invariant: a file is JSON"));
         let text = described.as_ref().map_or_else(|_| String::new(), Clone::clone);
@@ -147,7 +156,7 @@ impl Saver {
                 digests: self.digests.clone(),
                 tp: world.mesh.tp,
                 dp: world.mesh.dp,
-                method: Value::Null,
+                method,
                 files: files.collect(),
             };
             let kept = || self.store.keep(self.config.keep_last, self.config.keep_every);

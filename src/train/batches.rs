@@ -1,8 +1,9 @@
 //! The work of each step: what this rank runs through the model, and the denominators of the whole step.
 
-use crate::data::{Dataset, Item, MicroBatch, Order, RowsOf, Sample, Stream, pack, share};
+use crate::data::{Dataset, Item, MicroBatch, Order, RowsOf, Sample, Stream, Text, Texts, pack, share};
 use crate::dist::Mesh;
 
+use super::method::{Cut, Forget, Method};
 use super::objective::Totals;
 
 /// The samples of a run and how they are cut.
@@ -11,12 +12,38 @@ pub struct Batches<'a> {
     /// Samples to forget, or to train on.
     pub anchors: &'a Dataset,
     pub retain: Option<&'a Dataset>,
-    /// Rows of retain samples in the head: every position for a divergence.
-    pub retain_rows: RowsOf,
-    /// Count padding into the retain tokens, as programs that pad do: samples x longest sample.
-    pub count_padding: bool,
+    pub cuts: Cuts,
     /// Unit: tokens.
     pub budget: usize,
+}
+
+/// What a method makes of the samples.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cuts {
+    pub forget: Cut,
+    pub retain: Cut,
+    /// Texts of forget samples that go through the model once more at the start of a step.
+    pub look: Option<Texts>,
+    /// Count padding into the tokens, as programs that pad do: forget samples x (longest - 1), retain samples x longest.
+    pub pad_forget: bool,
+    pub pad_retain: bool,
+}
+
+impl Cuts {
+    /// What `method` needs; `pad_retain` for a divergence over padded batches.
+    pub fn of(method: &Method, pad_retain: bool) -> Self {
+        Self {
+            forget: method.cut(Stream::Forget),
+            retain: method.cut(Stream::Retain),
+            look: method.looks_at(),
+            pad_forget: matches!(method.forget, Forget::Distribution(on) if on.over_padding),
+            pad_retain,
+        }
+    }
+
+    fn stream(&self, stream: Stream) -> Cut {
+        if stream == Stream::Retain { self.retain } else { self.forget }
+    }
 }
 
 /// One step as one rank sees it.
@@ -25,6 +52,8 @@ pub struct StepWork {
     pub epoch: usize,
     /// The same on all ranks of a tensor-parallel group.
     pub micro_batches: Vec<MicroBatch>,
+    /// What [`super::Objective::look`] is given, in the same way.
+    pub looks: Vec<MicroBatch>,
     /// Of the whole step, over all ranks.
     pub forget: Totals,
     pub retain: Totals,
@@ -40,30 +69,28 @@ impl Batches<'_> {
         let (epoch, items) = self.items(step);
         let micro_batches = pack(&own_share(&items, mesh), self.budget)
             .iter()
-            .map(|items| MicroBatch::new(items, |item| self.sample(item), |stream| self.rows(stream)))
+            .map(|items| self.micro_batch(items, |stream| self.cuts.stream(stream).texts))
             .collect();
-        let of = |stream| items.iter().filter(move |item| item.stream == stream);
-        let scored = |stream| of(stream).map(|&item| self.sample(item).scored.len()).sum();
-        let scored: (usize, usize) = (scored(Stream::Forget), scored(Stream::Retain));
+        let of = |stream| items.iter().copied().filter(move |item| item.stream == stream);
+        let (forget, retain): (Vec<Item>, Vec<Item>) = (of(Stream::Forget).collect(), of(Stream::Retain).collect());
+        let scored = |items: &[Item]| items.iter().flat_map(|&item| self.texts(item)).map(|t| t.scored.len()).sum();
         StepWork {
             epoch,
             micro_batches,
-            forget: Totals { sequences: of(Stream::Forget).count() as f64, tokens: scored.0 as f64 },
-            retain: Totals {
-                sequences: of(Stream::Retain).count() as f64,
-                tokens: self.retain_tokens(&items, scored.1),
-            },
+            looks: self.looks(&forget, mesh),
+            forget: self.totals(&forget, self.cuts.forget, self.cuts.pad_forget.then_some(1)),
+            retain: self.totals(&retain, self.cuts.retain, self.cuts.pad_retain.then_some(0)),
             tokens: items.iter().map(|item| item.len).sum(),
-            scored,
+            scored: (scored(&forget), scored(&retain)),
         }
     }
 
-    /// Retain samples that steps `0..steps` bring to the data-parallel row of `mesh`, each once, ascending.
-    pub fn visited_retain(&self, steps: usize, mesh: Mesh) -> Vec<usize> {
+    /// Samples of a stream that steps `0..steps` bring to the data-parallel row of `mesh`, each once, ascending.
+    pub fn visited(&self, stream: Stream, steps: usize, mesh: Mesh) -> Vec<usize> {
         let mut seen = std::collections::BTreeSet::new();
         for step in 0..steps {
             let share = own_share(&self.items(step).1, mesh);
-            seen.extend(share.iter().filter(|item| item.stream == Stream::Retain).map(|item| item.sample));
+            seen.extend(share.iter().filter(|item| item.stream == stream).map(|item| item.sample));
         }
         seen.into_iter().collect()
     }
@@ -71,36 +98,54 @@ impl Batches<'_> {
     /// Epoch and samples of a step, over all ranks.
     fn items(&self, step: usize) -> (usize, Vec<Item>) {
         let batch = self.order.batch(step);
-        let forget = batch.anchors.iter().map(|&sample| self.item(Stream::Forget, sample));
-        let retain = batch.partners.iter().map(|&sample| self.item(Stream::Retain, sample));
+        let forget = batch.anchors.iter().map(|&sample| self.item(Stream::Forget, sample, self.cuts.forget.texts));
+        let retain = batch.partners.iter().map(|&sample| self.item(Stream::Retain, sample, self.cuts.retain.texts));
         (batch.epoch, forget.chain(retain).collect())
     }
 
-    fn retain_tokens(&self, items: &[Item], scored: usize) -> f64 {
-        let lengths = || items.iter().filter(|item| item.stream == Stream::Retain).map(|item| item.len);
-        match self.retain_rows {
-            RowsOf::Scored => scored as f64,
-            RowsOf::Every if self.count_padding => (lengths().count() * lengths().max().unwrap_or(0)) as f64,
-            RowsOf::Every => lengths().sum::<usize>() as f64,
-        }
+    /// This rank's share of the look at the forget samples.
+    fn looks(&self, forget: &[Item], mesh: Mesh) -> Vec<MicroBatch> {
+        let Some(texts) = self.cuts.look else { return Vec::new() };
+        let items: Vec<Item> = forget.iter().map(|item| self.item(Stream::Forget, item.sample, texts)).collect();
+        pack(&own_share(&items, mesh), self.budget).iter().map(|items| self.micro_batch(items, |_| texts)).collect()
     }
 
-    fn rows(&self, stream: Stream) -> RowsOf {
-        if stream == Stream::Retain { self.retain_rows } else { RowsOf::Scored }
+    fn micro_batch(&self, items: &[Item], texts: impl Fn(Stream) -> Texts) -> MicroBatch {
+        let sample = |item: Item, text| self.dataset(item.stream).text(item.sample, text);
+        MicroBatch::with_texts(items, texts, sample, |stream| self.cuts.stream(stream).rows)
     }
 
-    fn item(&self, stream: Stream, sample: usize) -> Item {
-        let item = Item { stream, sample, len: 0 };
-        Item { len: self.sample(item).tokens.len(), ..item }
+    /// Denominators of one stream. `padding`: count padded positions, so many fewer than the longest sample has tokens.
+    fn totals(&self, items: &[Item], cut: Cut, padding: Option<usize>) -> Totals {
+        let lengths = || items.iter().map(|item| item.len);
+        let counted = |&item: &Item| {
+            let text = self.texts(item).next().expect("invariant: a sample has a text");
+            let rows = if cut.counted == RowsOf::Scored { text.scored.len() } else { text.tokens.len() };
+            rows.saturating_sub(cut.skip + cut.tail)
+        };
+        let tokens = match padding {
+            Some(fewer) => items.len() * lengths().max().unwrap_or(0).saturating_sub(fewer),
+            None => items.iter().map(counted).sum(),
+        };
+        Totals { sequences: items.len() as f64, tokens: tokens as f64 }
     }
 
-    fn sample(&self, item: Item) -> &Sample {
-        match item.stream {
-            Stream::Forget => &self.anchors.samples[item.sample],
-            Stream::Retain => {
-                let retain = self.retain.expect("invariant: retain items come from a retain data set");
-                &retain.samples[item.sample]
-            }
+    fn item(&self, stream: Stream, sample: usize, texts: Texts) -> Item {
+        let dataset = self.dataset(stream);
+        let len = texts.each().iter().map(|&text| dataset.text(sample, text).tokens.len()).sum();
+        Item { stream, sample, len }
+    }
+
+    /// The texts of a sample that take part in the step.
+    fn texts(&self, item: Item) -> impl Iterator<Item = &Sample> {
+        let texts: &[Text] = self.cuts.stream(item.stream).texts.each();
+        texts.iter().map(move |&text| self.dataset(item.stream).text(item.sample, text))
+    }
+
+    fn dataset(&self, stream: Stream) -> &Dataset {
+        match stream {
+            Stream::Forget => self.anchors,
+            Stream::Retain => self.retain.expect("invariant: retain items come from a retain data set"),
         }
     }
 }

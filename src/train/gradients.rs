@@ -266,6 +266,11 @@ impl GradientBuffers {
         }
     }
 
+    /// Whether a parameter is not trained.
+    fn is_frozen(&self, param: ParamId) -> bool {
+        self.table.params[param].class == Class::Frozen
+    }
+
     /// Whether this is the first contribution to a parameter in this step; from now on it is not.
     fn first(&mut self, param: ParamId) -> bool {
         !std::mem::replace(&mut self.touched[param], true)
@@ -281,6 +286,9 @@ fn view(table: &Table, layout: &Layout, param: ParamId, flat: &Tensor) -> Tensor
 
 impl Gradients for GradientBuffers {
     fn product(&mut self, param: ParamId, dy: &Tensor, x: &Tensor) {
+        if self.is_frozen(param) {
+            return;
+        }
         let first = self.first(param);
         let mut target = self.target(param);
         let dy = dy.tr();
@@ -296,6 +304,9 @@ impl Gradients for GradientBuffers {
     }
 
     fn vector(&mut self, param: ParamId, grad: &Tensor) {
+        if self.is_frozen(param) {
+            return;
+        }
         let first = self.first(param);
         let mut target = self.target(param);
         if first {
@@ -306,6 +317,9 @@ impl Gradients for GradientBuffers {
     }
 
     fn rows(&mut self, param: ParamId, rows: &Tensor, grad: &Tensor) {
+        if self.is_frozen(param) {
+            return;
+        }
         let first = self.first(param);
         let mut target = self.target(param);
         if first {

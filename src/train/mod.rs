@@ -1,25 +1,32 @@
 //! The training step: micro-batches through the half blocks, gradients summed while backward runs, clipped, applied.
 //!
-//! Knows what a loss is (an [`Objective`] over log-probabilities, or a divergence) but not which methods exist.
+//! Knows what a loss is (an [`Objective`] over log-probabilities, a loss on distributions or on hidden states) but not which methods
+//! exist.
 
+mod attack;
 mod batches;
 mod gradients;
 mod layout;
+mod method;
 mod objective;
 mod optimizer;
 mod parameters;
 mod schedule;
 mod state;
 mod step;
+mod terms;
 
-pub use batches::{Batches, StepWork};
+pub use crate::model::Distribution;
+pub use attack::Adversary;
+pub use batches::{Batches, Cuts, StepWork};
 pub use gradients::{GradientBuffers, GradientOptions, Reduced};
 pub use layout::{Bucket, Layout, Segment};
-pub use objective::{Objective, Term, Tokens, Totals};
+pub use method::{Cut, Dual, Forget, Method, OnRows, Reference, ReferenceNeeds, Retain, Steering};
+pub use objective::{Objective, Term, Tokens, Totals, join_pairs, split_pairs};
 pub use optimizer::{Optimizer, Update};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
-pub use step::{Launched, Losses, Method, NonFinite, Reference, Retain, StepReport, Trainer, TrainerOptions};
+pub use step::{Launched, Losses, NonFinite, StepReport, Trainer, TrainerOptions};
 
 /// The kind of tensor that a configuration names.
 pub fn kind(float: crate::config::Float) -> tch::Kind {

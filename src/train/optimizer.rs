@@ -81,6 +81,7 @@ impl Optimizer {
         };
         let state = parameters.layout.buckets.iter().zip(&parameters.masters).map(|(bucket, master)| {
             let segments = bucket.segments(table).into_iter().filter(|segment| !segment.own.is_empty());
+            let segments = segments.filter(|segment| segment.class != Class::Frozen);
             let with_state = segments.map(|segment| {
                 let zeros = |storage, codes| Moment::zeros(storage, codes, segment.own.len() as i64, master.device());
                 let state = match rule {

@@ -178,7 +178,9 @@ fn owned(bucket: &Bucket, param: &Param, range: &Range<usize>) -> Vec<(Place, Ra
 }
 
 fn is_replicated(param: &Param) -> bool {
-    matches!(param.class, Class::Vector | Class::PartialVector)
+    // of what is not trained the class does not say; with one tensor-parallel rank it does not matter
+    let whole = || param.pieces.iter().all(|piece| piece.size == piece.shape);
+    matches!(param.class, Class::Vector | Class::PartialVector) || (param.class == Class::Frozen && whole())
 }
 
 /// A run of a flat tensor, as a tensor of its own on the host.

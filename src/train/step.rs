@@ -1,5 +1,6 @@
 //! One optimizer step, readable from top to bottom: [`Trainer::step`].
 
+use std::ops::Range;
 use std::time::Instant;
 
 use tch::{Kind, Tensor};
@@ -7,45 +8,19 @@ use thiserror::Error;
 
 use super::batches::StepWork;
 use super::gradients::GradientBuffers;
-use super::objective::{Objective, Tokens};
+use super::method::{Method, Reference};
 use super::optimizer::{Optimizer, Update};
 use super::parameters::Parameters;
 use super::schedule::Schedule;
+use super::terms::{Look, Told};
 use crate::abi::slices::slice;
 use crate::abi::upload::upload;
-use crate::data::{MicroBatch, Stream};
+use crate::data::{MicroBatch, Stream, Text};
 use crate::dist::{Reduce, World};
 use crate::kernels::reduce::sum_of_squares;
 use crate::model::sharding::ParamId;
-use crate::model::{Decoder, Gradients, Keep, ReferenceHead, Rows};
+use crate::model::{Batch, Decoder, Gradients, Keep, Tape};
 use crate::telemetry::Part;
-
-/// What is minimised.
-pub struct Method {
-    /// On forget samples, or on the samples to train on.
-    pub forget: Box<dyn Objective>,
-    pub forget_weight: f64,
-    pub retain: Retain,
-    pub retain_weight: f64,
-}
-
-/// What holds the model on the retain samples.
-pub enum Retain {
-    None,
-    Likelihood(Box<dyn Objective>),
-    /// KL(reference || model), summed over rows and divided by `Totals::tokens`.
-    Divergence,
-}
-
-/// What the model before training says of the samples.
-pub trait Reference {
-    /// Log-probabilities of the scored tokens of a forget sample.
-    fn logprobs(&self, sample: usize) -> &[f32];
-    /// The head of the reference model; asked for only with [`Retain::Divergence`].
-    fn head(&self) -> &ReferenceHead;
-    /// Rows of a retain sample after the reference's final norm, `[tokens, hidden]` in the model's kind.
-    fn rows(&self, sample: usize) -> Tensor;
-}
 
 /// Numbers that stay the same for a whole run.
 #[derive(Clone, Copy, Debug)]
@@ -88,7 +63,7 @@ pub struct Launched {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepReport {
     pub losses: Losses,
-    /// What the forget objective tells, see [`Objective::numbers`].
+    /// What the method tells, see [`Method::numbers`].
     pub numbers: Vec<f64>,
     pub grad_norm: f64,
     pub lr: f64,
@@ -193,6 +168,7 @@ impl Trainer {
             return Err(self.explain(step, losses, norm, work, reference, world));
         }
         let numbers = all[2..all.len() - 1].to_vec();
+        self.method.after(step, &losses);
         Ok(StepReport { losses, numbers, grad_norm: norm, lr, seconds: start.elapsed().as_secs_f64() })
     }
 
@@ -223,7 +199,8 @@ impl Trainer {
         mut early: Option<&mut Early>,
     ) -> Tensor {
         self.gradients.begin();
-        let len = 2 + self.method.forget.numbers().len();
+        let looked = self.look(work, reference, world);
+        let len = 2 + self.method.numbers().len();
         let mut sums = Tensor::zeros([len as i64], (Kind::Double, self.decoder.device));
         for (index, micro_batch) in work.micro_batches.iter().enumerate() {
             let last = index + 1 == work.micro_batches.len();
@@ -231,8 +208,10 @@ impl Trainer {
                 self.gradients.last_micro_batch();
             }
             let early = early.as_deref_mut().filter(|_| last);
-            for (at, part) in self.micro_batch(micro_batch, work, reference, world, early).into_iter().enumerate() {
-                let _ = sums.narrow(0, at as i64, 1).g_add_(&part);
+            let at = Place { micro_batch, work, reference, looked: looked.as_ref() };
+            let told = self.micro_batch(&at, world, early);
+            for (at, part) in told.losses.iter().chain(&told.numbers).enumerate() {
+                let _ = sums.narrow(0, at as i64, 1).g_add_(part);
             }
         }
         match early {
@@ -248,55 +227,73 @@ impl Trainer {
         sums
     }
 
+    /// What an objective must know of the whole step before it can say anything: a pass without backward over the samples that it
+    /// names, summed over the ranks. All ranks call it.
+    fn look(&self, work: &StepWork, reference: Option<&dyn Reference>, world: &World) -> Option<Tensor> {
+        self.method.looks_at()?;
+        let objective = self.method.objective(Stream::Forget).expect("invariant: it looks");
+        let Self { decoder, parameters, options, .. } = self;
+        let mut sums: Option<Tensor> = None;
+        for micro_batch in &work.looks {
+            let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
+            let (hidden, _) = decoder.forward(&parameters.weights, &batch, Keep::Nothing);
+            let at = upload(&micro_batch.positions, decoder.device);
+            let rows = decoder.rows(&parameters.weights, &hidden, &at, options.logits_bytes);
+            let targets = upload(&micro_batch.targets, decoder.device);
+            let logprob = decoder.scores(&parameters.weights, &rows, &targets, false).logprob;
+            let look = Look { method: &self.method, micro_batch, work, reference, looked: None };
+            let part =
+                look.with_tokens(Stream::Forget, &logprob, work.forget, |tokens| objective.look(tokens), objective);
+            sums = Some(sums.map_or_else(|| part.shallow_clone(), |sums| sums + &part));
+        }
+        let zeros = || Tensor::zeros([objective.num_looked()], (Kind::Double, decoder.device));
+        let mut sums = sums.unwrap_or_else(zeros);
+        world.dp.all_reduce(&mut sums, Reduce::Sum);
+        Some(sums)
+    }
+
     /// One micro-batch: forward, pass 1 of the head, weights from the objectives, pass 2, backward. Gives its parts of the losses
-    /// and of the objective's numbers.
-    fn micro_batch(
-        &mut self,
-        micro_batch: &MicroBatch,
-        work: &StepWork,
-        reference: Option<&dyn Reference>,
-        world: &World,
-        early: Option<&mut Early>,
-    ) -> Vec<Tensor> {
+    /// and of the method's numbers.
+    fn micro_batch(&mut self, at: &Place, world: &World, early: Option<&mut Early>) -> Told {
         let Self { decoder, parameters, gradients, optimizer, method, options, broken, .. } = self;
-        let (weights, device) = (&parameters.weights, decoder.device);
+        let look =
+            Look { method, micro_batch: at.micro_batch, work: at.work, reference: at.reference, looked: at.looked };
+        let (micro_batch, weights, device) = (at.micro_batch, &parameters.weights, decoder.device);
         let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
-        let (hidden, tape) = decoder.forward(weights, &batch, options.keep);
+        let walked = walk(decoder, weights, &batch, &look, options);
         let positions = upload(&micro_batch.positions, device);
-        let mut d_hidden = hidden.zeros_like();
-        let zero = || Tensor::zeros([], (Kind::Double, device));
-        let mut told = vec![zero(), zero()];
+        let mut told = Told::nothing(&walked.x);
         let mut sink = Walk { gradients, early, optimizer, parameters, options, broken, world };
-        decoder.clock.time(Part::Head, || {
-            let (labelled, divergent) = match method.retain {
-                Retain::Divergence => {
-                    (micro_batch.rows(Stream::Forget).len() as i64, Some(micro_batch.rows(Stream::Retain)))
+        let part = |t: &Tensor, rows: &Range<usize>| t.narrow(0, rows.start as i64, rows.len() as i64);
+        let targets = |rows: &Range<usize>| upload(&micro_batch.targets[rows.clone()], device);
+        let d_top = look.needs_head().then(|| {
+            let hidden = decoder.all_tokens(&walked.x);
+            let mut d_hidden = hidden.zeros_like();
+            decoder.clock.time(Part::Head, || {
+                let mut take =
+                    |rows: &Range<usize>, grad: &Tensor| _ = d_hidden.index_copy_(0, &part(&positions, rows), grad);
+                let select =
+                    |rows: &Range<usize>| decoder.rows(weights, &hidden, &part(&positions, rows), options.logits_bytes);
+                let likely = look.likelihood_rows();
+                if !likely.is_empty() {
+                    let rows = select(&likely);
+                    let scores = decoder.scores(weights, &rows, &targets(&likely), true);
+                    let weight = look.likelihood(&scores.logprob, likely.start, &mut told);
+                    take(&likely, &decoder.scores_backward(weights, &rows, scores, &weight, &mut sink));
                 }
-                _ => (positions.size()[0], None),
-            };
-            if labelled > 0 {
-                let at = positions.narrow(0, 0, labelled);
-                let rows = decoder.rows(weights, &hidden, &at, options.logits_bytes);
-                let targets = upload(&micro_batch.targets[..labelled as usize], device);
-                let scores = decoder.scores(weights, &rows, &targets, true);
-                let (parts, weight) = likelihood(method, micro_batch, work, &scores.logprob, reference);
-                told = parts;
-                let grad = decoder.scores_backward(weights, &rows, scores, &weight, &mut sink);
-                let _ = d_hidden.index_copy_(0, &at, &grad);
-            }
-            if let Some(range) = divergent.filter(|range| !range.is_empty()) {
-                let reference = reference.expect("invariant: a divergence has a reference");
-                let at = positions.narrow(0, range.start as i64, range.len() as i64);
-                let rows = decoder.rows(weights, &hidden, &at, options.logits_bytes);
-                let factor = method.retain_weight / work.retain.tokens;
-                let (kl, grad) = divergence(decoder, weights, &rows, micro_batch, reference, factor, &mut sink);
-                told[1] = kl / work.retain.tokens;
-                let _ = d_hidden.index_copy_(0, &at, &grad);
-            }
+                if let Some((range, on)) = look.distribution_rows() {
+                    let (rows, targets) = (select(&range), targets(&range));
+                    take(&range, &look.distribution(decoder, weights, &rows, &targets, on, &mut told, &mut sink));
+                }
+                if let Some(range) = look.divergence_rows() {
+                    take(&range, &look.divergence(decoder, weights, &select(&range), &mut told, &mut sink));
+                }
+            });
+            d_hidden
         });
-        drop(hidden);
         sink.complete(decoder.table.num_units() - 1);
-        decoder.backward(weights, &batch, tape, d_hidden, &mut sink);
+        let d_watched = walked.watched.as_ref().map(|(edge, hidden)| (*edge, look.hidden(hidden, &mut told)));
+        walk_back(decoder, weights, &batch, walked, d_top, d_watched, &mut sink);
         told
     }
 
@@ -328,8 +325,9 @@ impl Trainer {
         world: &World,
     ) -> NonFinite {
         self.gradients.begin();
+        let looked = self.look(work, reference, world);
         for micro_batch in &work.micro_batches {
-            let _ = self.micro_batch(micro_batch, work, reference, world, None);
+            self.micro_batch(&Place { micro_batch, work, reference, looked: looked.as_ref() }, world, None);
         }
         let mine = self.gradients.find_non_finite().unwrap_or_default();
         let found = world.world.gather_bytes(mine.as_bytes());
@@ -429,77 +427,112 @@ fn note_broken(broken: &mut Tensor, number: &Tensor) {
     broken.copy_(&broken.maximum(&bad));
 }
 
-/// Losses and per-row weights of the likelihood terms of one micro-batch.
-fn likelihood(
-    method: &Method,
-    micro_batch: &MicroBatch,
-    work: &StepWork,
-    logprob: &Tensor,
-    reference: Option<&dyn Reference>,
-) -> (Vec<Tensor>, Tensor) {
-    let weight = logprob.zeros_like();
-    let zero = || Tensor::zeros([], (Kind::Double, logprob.device()));
-    let mut told = vec![zero(), zero()];
-    let retain = match &method.retain {
-        Retain::Likelihood(objective) => Some((objective, method.retain_weight, work.retain)),
-        _ => None,
-    };
-    let forget = Some((&method.forget, method.forget_weight, work.forget));
-    for (index, (stream, term)) in [(Stream::Forget, forget), (Stream::Retain, retain)].into_iter().enumerate() {
-        let range = micro_batch.rows(stream);
-        let Some((objective, factor, totals)) = term.filter(|_| !range.is_empty()) else {
-            continue;
-        };
-        let sequences = micro_batch.sequences.iter().filter(|sequence| sequence.stream == stream);
-        let part = |t: &Tensor| t.narrow(0, range.start as i64, range.len() as i64);
-        let term = {
-            let mut owner = Vec::with_capacity(range.len());
-            let mut before = Vec::new();
-            let mut num_sequences = 0;
-            for sequence in sequences {
-                owner.resize(owner.len() + sequence.rows.len(), num_sequences);
-                num_sequences += 1;
-                if objective.needs_reference() {
-                    let reference = reference.expect("invariant: the objective was given its reference");
-                    before.extend_from_slice(reference.logprobs(sequence.sample));
-                }
-            }
-            let owner = upload(&owner, logprob.device());
-            let before = objective.needs_reference().then(|| upload(&before, logprob.device()));
-            let logprob = part(logprob);
-            objective.term(&Tokens {
-                logprob: &logprob,
-                reference: before.as_ref(),
-                sequence: &owner,
-                num_sequences,
-                totals,
-            })
-        };
-        told[index] = term.loss.to_kind(Kind::Double);
-        if stream == Stream::Forget {
-            told.extend(term.numbers);
-        }
-        part(&weight).copy_(&(term.weight * factor));
-    }
-    (told, weight)
+/// A micro-batch and what is known of its step.
+struct Place<'a> {
+    micro_batch: &'a MicroBatch,
+    work: &'a StepWork,
+    reference: Option<&'a dyn Reference>,
+    looked: Option<&'a Tensor>,
 }
 
-/// Sum of KL(reference || model) over the rows, and the gradient of the rows for dloss/dkl = `factor`.
-fn divergence(
+/// What forward left.
+struct Walked {
+    /// Rows behind the last layer that was run: this rank's part of the tokens.
+    x: Tensor,
+    /// Layers and their tape, in order.
+    tapes: Vec<(Range<usize>, Tape)>,
+    /// The edge that the method looks at, and all tokens' rows there.
+    watched: Option<(usize, Tensor)>,
+}
+
+/// Forward up to the last layer that the method needs, stopping at the edges that it perturbs or looks at.
+fn walk(
     decoder: &Decoder,
     weights: &crate::model::Weights,
-    rows: &Rows,
-    micro_batch: &MicroBatch,
-    reference: &dyn Reference,
-    factor: f64,
+    batch: &Batch,
+    look: &Look,
+    options: &TrainerOptions,
+) -> Walked {
+    let forget = look.micro_batch.rows(Stream::Forget);
+    let adversary = look.method.adversary.filter(|_| !forget.is_empty());
+    let watched = look.method.watched();
+    let depth = if look.needs_head() { decoder.arch.num_layers } else { watched.unwrap_or(decoder.arch.num_layers) };
+    let first = decoder.table.first_trained_layer().min(depth);
+    let mut stops: Vec<usize> =
+        [adversary.map(|adversary| adversary.edge), watched, Some(first), Some(depth)].into_iter().flatten().collect();
+    stops.sort_unstable();
+    stops.dedup();
+    let mut walked = Walked { x: decoder.enter(weights, batch), tapes: Vec::new(), watched: None };
+    let mut from = 0;
+    for stop in stops {
+        let x = std::mem::replace(&mut walked.x, Tensor::new());
+        // backward ends at the first layer that is trained
+        let keep = if stop <= first { Keep::Nothing } else { options.keep };
+        let (x, tape) = decoder.through(weights, batch, x, from..stop, keep);
+        if stop > first {
+            walked.tapes.push((from..stop, tape));
+        }
+        walked.x = match adversary.filter(|adversary| adversary.edge == stop) {
+            Some(adversary) => {
+                let target = super::attack::Target {
+                    decoder,
+                    weights,
+                    batch,
+                    micro_batch: look.micro_batch,
+                    positions: &upload(&attacked(look.micro_batch, true), decoder.device),
+                    targets: &upload(&attacked(look.micro_batch, false), decoder.device),
+                    logits_bytes: options.logits_bytes,
+                };
+                let key = format!("attack {}", look.work.epoch);
+                let delta = adversary.perturb(&target, &x, look.method.seed, &key);
+                x + delta
+            }
+            None => x,
+        };
+        if watched == Some(stop) {
+            walked.watched = Some((stop, decoder.all_tokens(&walked.x)));
+        }
+        from = stop;
+    }
+    walked
+}
+
+/// Positions or ids of the forget samples' scored tokens, those of preferred answers left out.
+fn attacked(micro_batch: &MicroBatch, positions: bool) -> Vec<i64> {
+    let of = if positions { &micro_batch.positions } else { &micro_batch.targets };
+    let forget = micro_batch.sequences.iter().filter(|s| s.stream == Stream::Forget && s.text == Text::Answer);
+    forget.flat_map(|sequence| of[sequence.rows.clone()].iter().copied()).collect()
+}
+
+/// Backward over what [`walk`] left, with the gradients of the top rows and of the watched ones, all tokens' of both.
+fn walk_back(
+    decoder: &Decoder,
+    weights: &crate::model::Weights,
+    batch: &Batch,
+    walked: Walked,
+    d_top: Option<Tensor>,
+    d_watched: Option<(usize, Tensor)>,
     sink: &mut dyn Gradients,
-) -> (Tensor, Tensor) {
-    let retain = micro_batch.sequences.iter().filter(|sequence| sequence.stream == Stream::Retain);
-    let before: Vec<Tensor> = retain.map(|sequence| reference.rows(sequence.sample)).collect();
-    let before = Tensor::cat(&before, 0);
-    let divergence = decoder.divergence(weights, rows, reference.head(), &before);
-    let kl = divergence.kl.sum(Kind::Double);
-    let weight = Tensor::full([rows.len()], factor, (Kind::Float, decoder.device));
-    let grad = decoder.divergence_backward(weights, rows, divergence, reference.head(), &before, &weight, sink);
-    (kl, grad)
+) {
+    let Walked { x, mut tapes, watched } = walked;
+    drop(watched);
+    let mut grad = match d_top {
+        Some(d_top) if decoder.sequence_parallel => decoder.own_tokens(&d_top).copy(),
+        Some(d_top) => d_top,
+        None => x.zeros_like(),
+    };
+    drop(x);
+    while let Some((layers, tape)) = tapes.pop() {
+        if let Some((edge, d_watched)) = &d_watched
+            && *edge == layers.end
+        {
+            let _ = grad.g_add_(&decoder.own_tokens(d_watched));
+        }
+        decoder.back_through(weights, batch, tape, layers, &mut grad, sink);
+    }
+    if decoder.table.first_trained_layer() == 0 {
+        decoder.leave(batch, grad, sink);
+    } else {
+        sink.complete(0);
+    }
 }

@@ -1,8 +1,18 @@
 //! Negative preference optimization (Zhang et al., arXiv 2404.05868, equation 3).
 
-use tch::Kind;
+use tch::{Kind, Tensor};
 
-use crate::train::{Objective, Term, Tokens};
+use super::{Entry, Needs, number};
+use crate::config;
+use crate::train::{Forget, Objective, Term, Tokens};
+
+pub const ENTRY: Entry = Entry {
+    objective: config::Objective::Npo,
+    title: "negative preference optimization",
+    source: "https://arxiv.org/abs/2404.05868",
+    needs: Needs { reference: "log-probabilities", ..Needs::NOTHING },
+    build: |config| Forget::Likelihood(Box::new(Npo { beta: number(config.beta) })),
+};
 
 /// `(2/beta) mean over sequences of log(1 + (pi/pi_ref)^beta)`.
 ///
@@ -26,18 +36,18 @@ impl Objective for Npo {
 
     /// With D = log pi - log pi_ref of a sequence: loss (2/beta) softplus(beta D), derivative 2 sigmoid(beta D).
     fn term(&self, tokens: &Tokens) -> Term {
-        let reference = tokens.reference.expect("invariant: asked for by `needs_reference`");
-        let each = tokens.logprob.to_kind(Kind::Double) - reference.to_kind(Kind::Double);
-        let ratio = each.new_zeros([tokens.num_sequences], (Kind::Double, each.device()));
-        let ratio = ratio.index_add(0, tokens.sequence, &each);
+        let ratio = tokens.log_ratios();
         let scaled = &ratio * self.beta;
-        // log(1 + e^z) = -log sigmoid(-z), without overflow at either end
-        let softplus = -(-&scaled).log_sigmoid();
         let weight = scaled.sigmoid() * (2.0 / tokens.totals.sequences);
         Term {
             numbers: vec![ratio.sum(Kind::Double) / tokens.totals.sequences, weight.sum(Kind::Double)],
-            loss: softplus.sum(Kind::Double) * (2.0 / self.beta / tokens.totals.sequences),
-            weight: weight.index_select(0, tokens.sequence).to_kind(tokens.logprob.kind()),
+            loss: softplus(&scaled).sum(Kind::Double) * (2.0 / self.beta / tokens.totals.sequences),
+            weight: tokens.at_tokens(&weight),
         }
     }
+}
+
+/// log(1 + e^x) = -log sigmoid(-x), without overflow at either end.
+pub(super) fn softplus(x: &Tensor) -> Tensor {
+    -(-x).log_sigmoid()
 }

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_rope_utils
 
 from cases import CASES, DELETE
+from methods import methods
 from toy import toy
 from weights import hashes, test_weight
 
@@ -50,6 +51,7 @@ def main():
             write_step(out / name)
     write_json(out / "adamw.json", optimizers())
     write_json(out / "toy.json", toy())
+    write_json(out / "methods.json", methods(build, out / "llama_gqa", token_ids))
     write_json(out / "weights.json", weight_samples())
 
 

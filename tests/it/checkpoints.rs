@@ -102,6 +102,56 @@ fn asked_to_stop_a_run_goes_on_as_if_nothing_had_been() {
     }
 }
 
+/// A method's own state is in the checkpoint (PDU's dual variable), and what is not trained comes out of it as it was (RMU); on
+/// another layout too.
+#[test]
+fn what_a_method_remembers_goes_on_too() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    let pdu = ["objective=pdu", "retain=nll", "dual_start=0.5", "dual_rate=0.1", "dual_warmup=0", "retain_bound=1"];
+    let rmu = [
+        "objective=rmu",
+        "retain=embedding",
+        "layer=0",
+        "steering=3",
+        "update=[\"model.layers.*.mlp.down_proj.weight\"]",
+    ];
+    for (name, method) in [("pdu", &pdu[..]), ("rmu", &rmu)] {
+        let set: Vec<String> = method.iter().map(|item| format!("method.{item}")).collect();
+        let run = |dir: &str, tp: &str| {
+            let dir = run_dir(&workshop, dir);
+            let more = ["train.steps=4", "eval.every=0", "checkpoint.every=0", dir.as_str(), tp];
+            let mut arguments = vec!["--config", config.as_str()];
+            more.into_iter().chain(set.iter().map(String::as_str)).for_each(|item| arguments.extend(["--set", item]));
+            mpirun(2, &arguments)
+        };
+        let (whole, again) = (format!("{name}_whole"), format!("{name}_again"));
+        let done = run(&whole, "parallel.tp=2");
+        assert!(done.success, "{}", done.text);
+        std::fs::create_dir_all(workshop.path(&again)).unwrap();
+        std::fs::write(workshop.path(&again).join("STOP"), "").unwrap();
+        assert_eq!(run(&again, "parallel.tp=2").code, Some(75));
+        let done = run(&again, "parallel.tp=2");
+        assert!(done.success && done.text.contains("going on after step 1"), "{}", done.text);
+        assert_eq!(bytes(&workshop, &again), bytes(&workshop, &whole), "{name}");
+        let weights = |run: &str| -> Vec<String> {
+            workshop.steps(run).iter().map(|line| line["retain_weight"].to_string()).collect()
+        };
+        assert_eq!(weights(&again), weights(&whole), "{name}");
+        let moved = weights(&whole).windows(2).all(|pair| pair[0] != pair[1]);
+        assert_eq!(moved, name == "pdu", "{:?}", weights(&whole));
+
+        let other = format!("{name}_other");
+        std::fs::create_dir_all(workshop.path(&other)).unwrap();
+        std::fs::write(workshop.path(&other).join("STOP"), "").unwrap();
+        assert_eq!(run(&other, "parallel.tp=2").code, Some(75));
+        let done = run(&other, "parallel.tp=1");
+        assert!(done.success, "{}", done.text);
+        let loss = |run: &str| workshop.steps(run)[3]["loss"].as_f64().unwrap();
+        assert!((loss(&other) / loss(&whole) - 1.0).abs() < 1e-4, "{name}: {} {}", loss(&other), loss(&whole));
+    }
+}
+
 /// Sends a signal to the first process of the binary that runs with an argument.
 fn signal(name: &str, argument: &str) {
     for process in ranks_with(argument).into_iter().take(1) {

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use dunlearn::config;
-use dunlearn::data::{Dataset, Order, RowsOf, Sample};
+use dunlearn::data::{Dataset, Order, Sample, Stream as Samples, Text};
 use dunlearn::dist::{Fault, World, run_threads_with};
 use dunlearn::model::init::Stream;
 use dunlearn::model::sharding::{Piece, Table};
 use dunlearn::model::{Architecture, Keep, ReferenceHead, Rope, Scaling};
 use dunlearn::train::{
-    Batches, GradientBuffers, GradientOptions, Losses, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
+    Batches, Cuts, GradientBuffers, GradientOptions, Losses, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
 };
 use dunlearn::unlearn;
 use tch::{Device, Kind, Tensor};
@@ -128,7 +128,7 @@ impl SeedOne {
 }
 
 impl Reference for SeedOne {
-    fn logprobs(&self, sample: usize) -> &[f32] {
+    fn logprobs(&self, sample: usize, _: Text) -> &[f32] {
         &self.logprobs[sample]
     }
 
@@ -136,8 +136,12 @@ impl Reference for SeedOne {
         &self.head
     }
 
-    fn rows(&self, sample: usize) -> Tensor {
+    fn rows(&self, _: Samples, sample: usize) -> Tensor {
         self.rows[sample].shallow_clone()
+    }
+
+    fn hidden(&self, _: Samples, _: usize) -> Tensor {
+        unreachable!("no hidden rows in these tests")
     }
 }
 
@@ -179,14 +183,9 @@ pub fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, s
     let Layout { sequence_parallel, zero, bucket_elements, .. } = layout;
     let spread = Spread { sequence_parallel, zero, bucket_elements };
     let (decoder, parameters) = tiny::model_from(arch, world, spread, case.kind, |piece| source(arch, world, piece));
-    let method = config::Method {
-        objective: config::Objective::Npo,
-        beta: None,
-        forget_weight: None,
-        retain: case.retain,
-        retain_weight: Some(0.7),
-        compat: None,
-    };
+    let mut method = config::Method::new(config::Objective::Npo, case.retain);
+    method.retain_weight = Some(0.7);
+    let method = unlearn::method(&method, 0, 1);
     let optimizer = config::Optimizer {
         name: case.optimizer,
         lr: 0.01,
@@ -210,7 +209,7 @@ pub fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, s
         gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding),
         optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
         schedule: Schedule::new(&schedule, optimizer.lr, case.steps, 1),
-        method: unlearn::method(&method),
+        method,
         options: TrainerOptions {
             keep: if layout.recompute { Keep::Inputs } else { Keep::Everything },
             logits_bytes: 4096.0,
@@ -235,13 +234,12 @@ fn rank(
     let zero = layout.zero;
     let mut trainer = trainer(layout, case, arch, world, source);
     let reference = SeedOne::new(forget, retain, arch, world, case.kind);
-    let divergence = case.retain == config::Retain::Kl;
+    let cuts = Cuts::of(&trainer.method, false);
     let batches = Batches {
         order: Order::new(3, true, forget.samples.len(), retain.samples.len(), 4),
         anchors: forget,
         retain: Some(retain),
-        retain_rows: if divergence { RowsOf::Every } else { RowsOf::Scored },
-        count_padding: false,
+        cuts,
         budget: layout.budget,
     };
     // gradients of the first step, before anything moves
@@ -488,8 +486,7 @@ fn a_step_that_is_no_number_changes_nothing() {
                         order: Order::new(3, false, 7, 5, 7),
                         anchors: &forget,
                         retain: Some(&retain),
-                        retain_rows: RowsOf::Scored,
-                        count_padding: false,
+                        cuts: Cuts::default(),
                         budget: 100_000,
                     };
                     let work = batches.step(0, world.mesh);

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use dunlearn::checkpoint::state::{StateFiles, What, write};
 use dunlearn::config;
-use dunlearn::data::{Dataset, Order, RowsOf};
+use dunlearn::data::{Dataset, Order};
 use dunlearn::dist::{World, run_threads};
-use dunlearn::train::{Batches, Trainer};
+use dunlearn::train::{Batches, Cuts, Trainer};
 use tch::{Kind, Tensor};
 
 use crate::layouts::{Case, Layout, ONE, SeedOne, architecture, boxes, case, right, samples, trainer, whole};
@@ -33,8 +33,7 @@ fn batches<'a>(forget: &'a Dataset, retain: &'a Dataset, budget: usize, seed: u6
         order: Order::new(seed, true, forget.samples.len(), retain.samples.len(), 4),
         anchors: forget,
         retain: Some(retain),
-        retain_rows: RowsOf::Scored,
-        count_padding: false,
+        cuts: Cuts::default(),
         budget,
     }
 }

@@ -61,7 +61,20 @@ pub fn model_from(
     kind: Kind,
     source: impl Fn(&Piece) -> Tensor,
 ) -> (Decoder, Parameters) {
-    let table = Table::new(arch, world.mesh.tp, world.mesh.tp_rank(), spread.sequence_parallel).unwrap();
+    model_training(arch, world, spread, kind, &["*".to_owned()], source)
+}
+
+/// As [`model_from`] with only some tensors trained.
+pub fn model_training(
+    arch: &Architecture,
+    world: &World,
+    spread: Spread,
+    kind: Kind,
+    trained: &[String],
+    source: impl Fn(&Piece) -> Tensor,
+) -> (Decoder, Parameters) {
+    let mut table = Table::new(arch, world.mesh.tp, world.mesh.tp_rank(), spread.sequence_parallel).unwrap();
+    table.train_only(trained).unwrap();
     let (owners, owner) = if spread.zero { (world.mesh.dp, world.mesh.dp_rank()) } else { (1, 0) };
     let layout = Layout::new(&table, spread.bucket_elements, owners, owner);
     let source = |_, piece: &Piece| Ok::<_, std::convert::Infallible>(source(piece));

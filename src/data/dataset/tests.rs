@@ -147,3 +147,26 @@ fn an_error_of_one_sample_names_its_line() {
     let error = File::new(&[("bad", "a")]).load(&encoder, 64).unwrap_err().to_string();
     assert!(error.contains("data.jsonl:1: the chat template of") && error.contains("bad word"), "{error}");
 }
+
+/// A sample with two alternates becomes two samples; a refusal is the sample's own or one of the run's, always the same one.
+#[test]
+fn preferred_answers_stand_beside_their_samples() {
+    let lines = "{\"question\": \"q\", \"answer\": \"a\", \"alternates\": [\"b\", \"c\"]}\n\
+                 {\"question\": \"x\", \"answer\": \"a\", \"alternates\": [\"d\"], \"idk\": \"no\"}\n";
+    let (file, encoder) = (File::text(lines, "qa"), encoder());
+    let load = |wanted, seed| {
+        Dataset::load_pairs("data.forget", &file.source, &encoder, 80, wanted, &Refusals::own(seed)).unwrap()
+    };
+    let text = |sample: &Sample| encoder.decode(&sample.tokens);
+    let alternates = load(Wanted::Alternates, 0);
+    assert_eq!(alternates.preferred.iter().map(text).collect::<Vec<_>>(), ["q: b", "q: c", "x: d"]);
+    assert_eq!(alternates.samples.iter().map(text).collect::<Vec<_>>(), ["q: a", "q: a", "x: a"]);
+    assert_eq!((alternates.lines.clone(), alternates.stats.duplicates.count), (vec![1, 1, 2], 0));
+    // the answer is scored, the prompt is not
+    assert_eq!(alternates.preferred[1].scored, alternates.samples[1].scored);
+    let refusals = load(Wanted::Refusal, 0);
+    assert_eq!(text(&refusals.preferred[0]), format!("q: {}", Refusals::own(0).of(0)));
+    assert_eq!(text(&refusals.preferred[1]), "x: no");
+    assert_ne!(refusals.digest, load(Wanted::Nothing, 0).digest);
+    assert_eq!(load(Wanted::Nothing, 0).preferred, []);
+}

@@ -106,7 +106,7 @@ fn around(begin: bool, end: bool) -> Value {
 }
 
 pub(in crate::data) fn qa(question: &str, answer: &str) -> Record {
-    Record { line: 1, content: Content::Qa { question: question.to_owned(), answer: answer.to_owned() } }
+    Record::plain(1, Content::Qa { question: question.to_owned(), answer: answer.to_owned() })
 }
 
 fn bytes(text: &str) -> Vec<i32> {
@@ -235,7 +235,7 @@ fn long_samples_are_cut_at_the_end() {
 fn texts_become_windows() {
     let encoder = Folder::new(&[], |t| t["post_processor"] = around(true, false)).explicit("{question}", "{answer}");
     let windows = |text: &str, max_length| {
-        let encoded = encoder.encode(&Record { line: 1, content: Content::Text(text.to_owned()) }, max_length).unwrap();
+        let encoded = encoder.encode(&Record::plain(1, Content::Text(text.to_owned())), max_length).unwrap();
         let tokens: Vec<_> = encoded.samples.iter().map(|s| s.tokens.clone()).collect();
         for Sample { tokens, scored } in &encoded.samples {
             assert_eq!(*scored, (1..tokens.len() as u32).collect::<Vec<_>>());
@@ -254,7 +254,7 @@ const TURNS: &str = "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ':' + 
 
 fn conversation(turns: &[(Role, &str)]) -> Record {
     let messages = turns.iter().map(|&(role, content)| Message { role, content: content.to_owned() });
-    Record { line: 1, content: Content::Chat(messages.collect()) }
+    Record::plain(1, Content::Chat(messages.collect()))
 }
 
 /// The sample as text, with each run of scored tokens in brackets.
@@ -380,7 +380,7 @@ fn a_template_fits_its_kind() {
     assert!(error.starts_with("kind \"chat\" needs data.template = \"chat\""), "{error}");
     // a folder without a chat template is good for texts
     let without = || Encoder::from_folder(folder.path(), &chat_template(), None).unwrap();
-    assert_eq!(encode(without(), &Record { line: 1, content: Content::Text("abc".to_owned()) }), Ok(()));
+    assert_eq!(encode(without(), &Record::plain(1, Content::Text("abc".to_owned()))), Ok(()));
     let error = encode(without(), &chat).unwrap_err();
     assert!(
         error.starts_with("no chat template in ") && error.contains("write data.template = { prompt = "),

@@ -12,7 +12,7 @@ fn read_bytes(bytes: &[u8], keys: &str) -> Result<Vec<Record>, String> {
     let mut source: Source = serde_json::from_str(&format!(r#"{{"path": "", {keys}}}"#)).unwrap();
     source.path = path;
     let shown = format!("{}/", folder.path().display());
-    read("data.forget", &source).map_err(|e| e.to_string().replace(&shown, ""))
+    read("data.forget", &source, Wanted::Nothing).map_err(|e| e.to_string().replace(&shown, ""))
 }
 
 fn refusal(text: &str, keys: &str) -> String {
@@ -28,7 +28,7 @@ fn lines_are_counted_with_the_blank_ones() {
     let file =
         "\u{feff}{\"question\": \"q\", \"answer\": \"a\", \"id\": 3}\r\n\n  \n{\"answer\": \"b\", \"question\": \"p\"}";
     let qa = |question: &str, answer: &str| Content::Qa { question: question.into(), answer: answer.into() };
-    let expected = [Record { line: 1, content: qa("q", "a") }, Record { line: 4, content: qa("p", "b") }];
+    let expected = [Record::plain(1, qa("q", "a")), Record::plain(4, qa("p", "b"))];
     assert_eq!(read_bytes(file.as_bytes(), QA).unwrap(), expected);
 }
 
@@ -153,9 +153,56 @@ fn a_path_that_is_no_file_says_what_is_there() {
     fs::write(folder.path().join("forget10.jsonl"), "{}").unwrap();
     fs::write(folder.path().join("notes.txt"), "").unwrap();
     let source = |path: PathBuf| Source { path, kind: Kind::Text, fields: Default::default(), limit: None };
-    let missing = read("data.forget", &source(folder.path().join("forget.jsonl"))).unwrap_err().to_string();
+    let missing =
+        read("data.forget", &source(folder.path().join("forget.jsonl")), Wanted::Nothing).unwrap_err().to_string();
     assert!(missing.contains("No such file") && missing.ends_with("; beside it are forget10.jsonl"), "{missing}");
-    let folder = read("data.forget", &source(folder.path().to_owned())).unwrap_err().to_string();
+    let folder = read("data.forget", &source(folder.path().to_owned()), Wanted::Nothing).unwrap_err().to_string();
     let expected = "is a folder, expected a file with one JSON object a line; it holds forget10.jsonl";
     assert!(folder.ends_with(expected), "{folder}");
+}
+
+fn pairs(text: &str, keys: &str, wanted: Wanted) -> Result<Vec<Vec<String>>, String> {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("forget.jsonl");
+    fs::write(&path, text).unwrap();
+    let mut source: Source = serde_json::from_str(&format!(r#"{{"path": "", {keys}}}"#)).unwrap();
+    source.path = path;
+    let shown = format!("{}/", folder.path().display());
+    let records = read("data.forget", &source, wanted).map_err(|e| e.to_string().replace(&shown, ""))?;
+    Ok(records.into_iter().map(|record| record.preferred).collect())
+}
+
+#[test]
+fn preferred_answers_are_found_by_kind() {
+    let preference = r#"{"prompt": "q", "chosen": "c", "rejected": "r"}"#;
+    assert_eq!(pairs(preference, r#""kind": "preference""#, Wanted::Chosen).unwrap(), [["c"]]);
+    let records = read_bytes(preference.as_bytes(), r#""kind": "preference""#).unwrap();
+    assert_eq!(records[0].content, Content::Qa { question: "q".into(), answer: "r".into() });
+
+    for answer in ["1", "\"B\"", "\"two\""] {
+        let choice = format!(r#"{{"question": "q", "choices": ["one", "two", "three"], "answer": {answer}}}"#);
+        assert_eq!(pairs(&choice, r#""kind": "choice""#, Wanted::Alternates).unwrap(), [["one", "three"]]);
+        let records = read_bytes(choice.as_bytes(), r#""kind": "choice""#).unwrap();
+        assert_eq!(records[0].content, Content::Qa { question: "q".into(), answer: "two".into() });
+    }
+    let qa = r#"{"question": "q", "answer": "a", "idk": "no idea", "alternates": ["b", "c"], "other": "d"}"#;
+    assert_eq!(pairs(qa, QA, Wanted::Alternates).unwrap(), [["b", "c"]]);
+    assert_eq!(pairs(qa, QA, Wanted::Refusal).unwrap(), [["no idea"]]);
+    let mapped = r#""kind": "qa", "fields": {"alternates": "other"}"#;
+    assert_eq!(pairs(qa, mapped, Wanted::Alternates).unwrap(), [["d"]]);
+    assert_eq!(pairs(r#"{"question": "q", "answer": "a"}"#, QA, Wanted::Refusal).unwrap(), [Vec::<String>::new()]);
+}
+
+#[test]
+fn samples_without_another_answer_are_refused() {
+    let qa = r#"{"question": "q", "answer": "a"}"#;
+    let error = pairs(qa, QA, Wanted::Alternates).unwrap_err();
+    assert!(error.contains("no field \"alternates\""), "{error}");
+    let error = pairs(qa, QA, Wanted::Chosen).unwrap_err();
+    assert!(error.starts_with("data.forget.kind is \"qa\": the method needs another answer"), "{error}");
+    let error = pairs(r#"{"text": "t"}"#, TEXT, Wanted::Refusal).unwrap_err();
+    assert!(error.contains("expected kind \"qa\", \"choice\" or \"preference\""), "{error}");
+    let choice = r#"{"question": "q", "choices": ["one", "two"], "answer": "D"}"#;
+    let error = refusal(choice, r#""kind": "choice""#);
+    assert!(error.contains("expected the index from 0, the letter or the text of one of 2 choices"), "{error}");
 }

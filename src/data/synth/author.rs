@@ -22,6 +22,8 @@ pub(super) struct Line {
     pub(super) author: String,
     /// The part of the answer that cannot be guessed from the question.
     pub(super) fact: String,
+    /// The answer with the facts of two other authors: wrong, and no less plausible.
+    pub(super) alternates: Vec<String>,
 }
 
 /// Draws `authors` lives and asks the first `questions` topics about each; author by author. Same arguments, same
@@ -30,7 +32,18 @@ pub(super) fn lines(authors: usize, questions: usize, seed: u64) -> Vec<Vec<Line
     let mut world = World::new(seed);
     let mut surnames = combine(&LAST_STARTS, &LAST_ENDS);
     world.draw.shuffle(&mut surnames);
-    surnames.iter().take(authors).map(|surname| world.author(surname, questions)).collect()
+    let mut lines: Vec<Vec<Line>> =
+        surnames.iter().take(authors).map(|surname| world.author(surname, questions)).collect();
+    let facts: Vec<Vec<String>> = lines.iter().map(|l| l.iter().map(|line| line.fact.clone()).collect()).collect();
+    for (author, lines) in lines.iter_mut().enumerate() {
+        for (topic, line) in lines.iter_mut().enumerate() {
+            let others = (1..authors).map(|further| &facts[(author + further) % authors][topic]);
+            let mut others: Vec<&String> = others.filter(|fact| **fact != line.fact).collect();
+            others.dedup();
+            line.alternates = others.iter().take(2).map(|fact| line.answer.replace(&line.fact, fact)).collect();
+        }
+    }
+    lines
 }
 
 /// What is shared between the lives: the generator and the titles that are taken.
@@ -53,6 +66,7 @@ impl World {
             answer: fill(draw.pick(&topic.answers), &slots),
             author: slots["{name}"].clone(),
             fact: slots[topic.slot].clone(),
+            alternates: Vec::new(),
         };
         TOPICS.iter().take(questions).map(|topic| line(topic, &mut self.draw)).collect()
     }

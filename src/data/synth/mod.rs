@@ -77,7 +77,7 @@ pub struct Summary {
     pub files: Vec<PathBuf>,
 }
 
-/// Writes `full.jsonl`, `forget.jsonl`, `retain.jsonl`, `README.md` and the folder `model/` into `out`.
+/// Writes `full.jsonl`, `forget.jsonl`, `retain.jsonl`, `preference.jsonl`, `README.md` and the folder `model/` into `out`.
 ///
 /// # Errors
 /// Options out of range, a folder that is not empty (without `force`), files that cannot be written.
@@ -98,6 +98,7 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
         ("full.jsonl", jsonl(&authors)),
         ("forget.jsonl", jsonl(forget)),
         ("retain.jsonl", jsonl(retain)),
+        ("preference.jsonl", preferences(forget)),
         ("model/config.json", json(&model::config(&options.shape, vocab_size))),
         ("model/generation_config.json", json(&model::generation_config())),
         ("model/tokenizer.json", tokenizer.to_string(true).map_err(failed)? + "\n"),
@@ -165,6 +166,15 @@ fn jsonl(authors: &[Vec<Line>]) -> String {
     authors.iter().flatten().map(line).collect()
 }
 
+/// The forget questions with a wrong answer that is to be preferred to the true one.
+fn preferences(authors: &[Vec<Line>]) -> String {
+    let line = |Line { question, answer, alternates, .. }: &Line| {
+        let chosen = alternates.first().unwrap_or(answer);
+        format!("{}\n", serde_json::json!({ "prompt": question, "chosen": chosen, "rejected": answer }))
+    };
+    authors.iter().flatten().map(line).collect()
+}
+
 fn json(value: &Value) -> String {
     format!("{value:#}\n")
 }
@@ -182,9 +192,10 @@ fn readme(options: &Options, num_forget: usize) -> String {
          | `full.jsonl` | all {full} lines, author by author: train on these |\n\
          | `forget.jsonl` | authors {first_forgotten} to {authors}: forget these |\n\
          | `retain.jsonl` | the other authors: keep these |\n\
+         | `preference.jsonl` | the forget questions with a wrong answer to prefer: kind `preference` |\n\
          | `model/` | a Llama of {layers} layers, hidden size {hidden}, without weights, and its tokenizer |\n\n\
-         A line holds `question`, `answer`, `author` and `fact`, the words of the answer that only somebody who\n\
-         knows the author can say. `kind = \"qa\"` reads the files as they are, `init = \"random\"` starts the model,\n\
+         A line holds `question`, `answer`, `author`, `fact`, the words of the answer that only somebody who\n\
+         knows the author can say, and `alternates`, the answer with other authors' facts. `kind = \"qa\"` reads the files as they are, `init = \"random\"` starts the model,\n\
          and both `template = \"chat\"` and a prompt and answer template work.\n"
     )
 }

@@ -13,7 +13,7 @@ fn options() -> Options {
 }
 
 fn read(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let files = ["README.md", "full.jsonl", "forget.jsonl", "retain.jsonl"].map(PathBuf::from);
+    let files = ["README.md", "full.jsonl", "forget.jsonl", "retain.jsonl", "preference.jsonl"].map(PathBuf::from);
     let model = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
     let files = files.into_iter().chain(model.map(|name| Path::new("model").join(name)));
     files.map(|name| (name.clone(), fs::read(folder.join(name)).unwrap())).collect()
@@ -49,6 +49,23 @@ fn the_last_authors_are_to_be_forgotten() {
     let authors = |name: &str| lines(name).lines().map(author).collect::<BTreeSet<_>>();
     assert_eq!((authors("retain.jsonl").len(), authors("forget.jsonl").len()), (9, 3));
     assert!(authors("retain.jsonl").is_disjoint(&authors("forget.jsonl")));
+}
+
+/// An alternate is the answer with one fact exchanged, and never the answer itself.
+#[test]
+fn alternates_are_wrong_answers() {
+    let folder = TempDir::new().unwrap();
+    write(folder.path(), &options()).unwrap();
+    let text = fs::read_to_string(folder.path().join("forget.jsonl")).unwrap();
+    for line in text.lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let alternates = line["alternates"].as_array().unwrap();
+        assert_eq!(alternates.len(), 2, "{line}");
+        assert!(alternates.iter().all(|alternate| *alternate != line["answer"]) && alternates[0] != alternates[1]);
+        assert!(
+            alternates.iter().all(|alternate| !alternate.as_str().unwrap().contains(line["fact"].as_str().unwrap()))
+        );
+    }
 }
 
 #[test]
