@@ -177,8 +177,7 @@ pub(super) fn prepared(bench: &StepBench, world: &World) -> Result<(Trainer, f64
         order: Order::new(0, false, forget.samples.len(), retain.samples.len(), bench.train.global_batch),
         anchors: &forget,
         retain: Some(&retain),
-        retain_rows: RowsOf::Scored,
-        count_padding: false,
+        cuts: Cuts::default(),
         budget: bench.train.micro_batch_tokens,
     };
     let mut seconds = 0.0;
