@@ -48,7 +48,8 @@ impl Adversary {
         let delta = clean.zeros_like();
         for (sample, span) in &spans {
             let mut part = rows(&delta, span);
-            part.copy_(&self.start(part.size(), seed, &format!("{key} {sample}")).to_device(part.device()));
+            let start = self.start(part.size(), seed, &format!("{key} {sample}"));
+            part.copy_(&upload_tensor(&start.contiguous(), part.device()));
         }
         let ranges: Vec<(Tensor, Tensor)> =
             spans.iter().map(|(_, s)| (rows(&clean, s).min(), rows(&clean, s).max())).collect();

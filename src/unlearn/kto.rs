@@ -35,7 +35,7 @@ impl Objective for Kto {
         true
     }
 
-    /// z, and the mean over the samples of r.
+    /// Mean over the samples of r.
     fn numbers(&self) -> &'static [&'static str] {
         &["kto_log_ratio"]
     }

@@ -277,6 +277,16 @@ fn every_objective_matches_autograd_on_every_layout() {
     }
 }
 
+/// What `compat` changes is the denominator: here 2 samples x (22 - 1) positions instead of 21 scored tokens.
+#[test]
+fn compat_takes_the_denominators_of_padded_batches() {
+    let mut golden = Golden::read();
+    let (losses, _) = run(&golden, "undial", ONE);
+    golden.json["methods"]["undial"]["config"]["compat"] = "openunlearning".into();
+    let (padded, _) = run(&golden, "undial", LAYOUTS[2]);
+    assert!((padded.forget / (losses.forget * 21.0 / 42.0) - 1.0).abs() < 1e-6, "{padded:?} {losses:?}");
+}
+
 /// Control: the numbers of one method are noticed not to be another's.
 #[test]
 fn wrong_methods_are_noticed() {
