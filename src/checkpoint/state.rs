@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 use super::CheckpointError;
 use super::slices::{Place, overlap};
 use super::tensor_file::{Reader, Spec, Writer, Written};
-use crate::abi::slices::{Bf16, slice};
+use crate::abi::slices::{Bf16, bytes, slice};
 
 /// What a number is to the weight whose place it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -105,14 +105,24 @@ pub fn write(path: &Path, slices: &[StateSlice]) -> Result<Written, CheckpointEr
         entries.push(Entry { key, what: slice.what, place: FlatPlace::of(&slice.place), scales });
     }
     let described = serde_json::to_string(&entries).expect("invariant: entries are JSON");
-    let mut writer = Writer::create_with_digest(path, &specs, &[("format", FORMAT), ("slices", &described)])?;
-    for slice in slices {
-        writer.append(&slice.values)?;
-        if let Some(blocks) = &slice.blocks {
-            writer.append(&blocks.scales)?;
-        }
-    }
-    writer.finish_with_digest()
+    let mut writer = Writer::create(path, &specs, &[("format", FORMAT), ("slices", &described)])?;
+    let parts = || slices.iter().flat_map(|slice| [Some(&slice.values), slice.blocks.as_ref().map(|b| &b.scales)]);
+    let parts: Vec<&[u8]> = parts().flatten().map(bytes).collect();
+    let head = writer.head().to_vec();
+    // the digest beside the disk: neither waits for the other
+    let digest = std::thread::scope(|scope| {
+        let digest = scope.spawn(|| {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update(&head);
+            parts.iter().for_each(|part| _ = hasher.update(part));
+            hasher.finalize().to_hex().to_string()
+        });
+        parts.iter().try_for_each(|part| writer.append_bytes(part))?;
+        writer.finish()?;
+        Ok::<_, CheckpointError>(digest.join().expect("invariant: hashing does not panic"))
+    })?;
+    let size = head.len() + parts.iter().map(|part| part.len()).sum::<usize>();
+    Ok(Written { bytes: size as u64, digest })
 }
 
 /// Says what the header of a state file means; another number is another meaning.

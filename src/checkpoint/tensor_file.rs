@@ -38,8 +38,8 @@ pub struct Writer {
     file: BufWriter<File>,
     /// Bytes that the header promises and that are still to come.
     missing: usize,
-    /// Of everything so far, for a file whose digest is asked for.
-    hasher: Option<blake3::Hasher>,
+    /// Everything before the tensors.
+    head: Vec<u8>,
 }
 
 /// A file that is complete.
@@ -55,20 +55,6 @@ impl Writer {
     ///
     /// `metadata`: text for the header. Keys are written in the order given, so equal input makes equal bytes.
     pub fn create(path: &Path, specs: &[Spec], metadata: &[(&str, &str)]) -> Result<Self, CheckpointError> {
-        Self::start(path, specs, metadata, None)
-    }
-
-    /// As [`Self::create`], for [`Self::finish_with_digest`].
-    pub fn create_with_digest(path: &Path, specs: &[Spec], metadata: &[(&str, &str)]) -> Result<Self, CheckpointError> {
-        Self::start(path, specs, metadata, Some(blake3::Hasher::new()))
-    }
-
-    fn start(
-        path: &Path,
-        specs: &[Spec],
-        metadata: &[(&str, &str)],
-        hasher: Option<blake3::Hasher>,
-    ) -> Result<Self, CheckpointError> {
         let mut header = Map::new();
         let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value)));
         header.insert("__metadata__".to_owned(), Value::Object(metadata.collect()));
@@ -84,11 +70,10 @@ impl Writer {
         header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
         let temporary = path.with_extension("safetensors.partial");
         let write = |source| CheckpointError::Write { path: temporary.clone(), source };
-        let file = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(write)?);
-        let mut writer = Self { path: path.to_owned(), temporary, file, missing: offset, hasher };
-        writer.put(&(header.len() as u64).to_le_bytes())?;
-        writer.put(header.as_bytes())?;
-        Ok(writer)
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(write)?);
+        let head = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+        file.write_all(&head).map_err(write)?;
+        Ok(Self { path: path.to_owned(), temporary, file, missing: offset, head })
     }
 
     /// Appends a contiguous tensor, or a part of one.
@@ -99,23 +84,12 @@ impl Writer {
     pub fn append_bytes(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
         assert!(bytes.len() <= self.missing, "invariant: not more bytes than the header says");
         self.missing -= bytes.len();
-        self.put(bytes)
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        if let Some(hasher) = &mut self.hasher {
-            hasher.update(bytes);
-        }
         self.file.write_all(bytes).map_err(|source| CheckpointError::Write { path: self.temporary.clone(), source })
     }
 
-    /// As [`Self::finish`]; gives size and digest.
-    pub fn finish_with_digest(self) -> Result<Written, CheckpointError> {
-        let digest = self.hasher.as_ref().map(|hasher| hasher.finalize().to_hex().to_string()).unwrap_or_default();
-        let path = self.path.clone();
-        self.finish()?;
-        let bytes = std::fs::metadata(&path).map_err(|source| CheckpointError::Read { path, source })?.len();
-        Ok(Written { bytes, digest })
+    /// The bytes of the file before the tensors.
+    pub fn head(&self) -> &[u8] {
+        &self.head
     }
 
     /// Completes the file: everything on disk, under its final name.

@@ -68,7 +68,12 @@ impl Trainer {
     ) -> Result<(), CheckpointError> {
         let whats = files.whats();
         for (index, bucket) in self.parameters.layout.buckets.iter().enumerate() {
-            let mut weights = Tensor::zeros([bucket.own.len() as i64], (Kind::Float, Device::Cpu));
+            // straight to where it belongs, if that is on the host; what lies between parameters is 0 and stays
+            let master = &self.parameters.masters[index];
+            let mut weights = match master.device() {
+                Device::Cpu => master.shallow_clone(),
+                _ => Tensor::zeros([bucket.own.len() as i64], (Kind::Float, Device::Cpu)),
+            };
             for (id, range) in &bucket.params {
                 for (place, own) in owned(bucket, &self.decoder.table.params[*id], range) {
                     let numbers = slice_mut::<f32>(&mut weights);
@@ -76,7 +81,9 @@ impl Trainer {
                     files.fill(What::Weights, &place, own.start, &mut target)?;
                 }
             }
-            self.parameters.masters[index].copy_(&weights);
+            if master.device() != Device::Cpu {
+                self.parameters.masters[index].copy_(&weights);
+            }
             if let Some(mut own) = self.parameters.rounded(index) {
                 own.copy_(&self.parameters.masters[index]);
             }
