@@ -12,6 +12,7 @@ pub mod eval;
 pub mod kernels;
 pub mod model;
 pub mod run;
+pub mod scope;
 pub mod telemetry;
 pub mod train;
 pub mod unlearn;

@@ -185,7 +185,7 @@ fn run(
         let noise: &(dyn Fn(Stream, u64) -> f32 + Sync) = match sharding.params[id].class {
             Class::Vector | Class::PartialVector => &|stream, i| 1.0 + 0.25 * stream.symmetric(i),
             Class::Bias => &|stream, i| 0.5 * stream.symmetric(i),
-            Class::Matrix | Class::Frozen => &|stream, i| 0.25 * stream.symmetric(i),
+            Class::Matrix | Class::PartialMatrix | Class::Frozen => &|stream, i| 0.25 * stream.symmetric(i),
         };
         Ok::<Tensor, Infallible>(init::fill(piece, noise, SEED))
     };

@@ -3,18 +3,19 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use super::export::{copy_companions, file_name, split, write_index};
 use super::state::StateFiles;
 use super::tensor_file::{Spec, Writer};
-use super::{CheckpointError, ExportOptions, Saved};
+use super::{CheckpointError, ExportOptions, Folder, Saved};
 use crate::dist::World;
+use crate::model::sharding::ADAPTER_PREFIX;
 
 /// Writes the model of a checkpoint. All ranks call it; each writes its share of the files, rank 0 the rest at the end.
 ///
-/// `order`: the tensors with their shapes in model order. The bytes are those of the run's own export at that step. Needs the memory of
-/// the largest tensor. `progress` is called after each tensor of this rank.
+/// `order`: the tensors with their shapes in model order. What was not trained comes from the model that the run read, `options.source`; low-rank
+/// adapters are added to their matrices. The bytes are those of the run's own export at that step. Needs the memory of the largest tensor. `progress` is called after each tensor of this rank.
 ///
 /// # Errors
 /// On all ranks when one of them could not.
@@ -27,6 +28,14 @@ pub fn convert(
 ) -> Result<(), CheckpointError> {
     let files = saved.state()?;
     check(saved, &files, order)?;
+    let scope = &saved.manifest.config["scope"];
+    let lora = scope["lora"]["alpha"].as_f64().zip(scope["lora"]["r"].as_f64());
+    let base = if order.iter().all(|(name, _)| files.tensors().contains_key(name)) {
+        None
+    } else {
+        Some(Folder::open(options.source)?)
+    };
+    let merge = Merge { files: &files, base, scale: lora.map(|(alpha, r)| alpha / r) };
     let specs: Vec<Spec> = order
         .iter()
         .map(|(name, shape)| Spec { name: (*name).to_owned(), kind: options.kind, shape: shape.to_vec() })
@@ -46,7 +55,7 @@ pub fn convert(
             let path = partial.join(file_name(index, cuts.len()));
             let mut writer = Writer::create(&path, &specs[range.clone()], &[("format", "pt")])?;
             for (name, shape) in &order[range.clone()] {
-                writer.append(&files.weights(name, shape)?.to_kind(options.kind).contiguous())?;
+                writer.append(&merge.tensor(name, shape)?.to_kind(options.kind).contiguous())?;
                 progress();
             }
             writer.finish()?;
@@ -77,12 +86,43 @@ pub fn convert(
     Ok(())
 }
 
-/// The checkpoint has the model's tensors, each whole, and no others.
+/// Where a tensor of the model comes from.
+struct Merge<'a> {
+    files: &'a StateFiles,
+    /// The model that the run read, where the checkpoint does not hold all of it.
+    base: Option<Folder>,
+    /// Of the adapters.
+    scale: Option<f64>,
+}
+
+impl Merge<'_> {
+    /// The whole tensor, f32.
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, CheckpointError> {
+        let known = self.files.tensors();
+        let mut values = match &self.base {
+            Some(base) if !known.contains_key(name) => base.whole(name, shape)?.to_kind(Kind::Float),
+            _ => self.files.weights(name, shape)?,
+        };
+        let of = |which: &str| format!("{ADAPTER_PREFIX}{}.lora_{which}.weight", name.trim_end_matches(".weight"));
+        let (a, b) = (of("A"), of("B"));
+        if let (Some(scale), Some(shape_a), Some(shape_b)) = (self.scale, known.get(a.as_str()), known.get(b.as_str()))
+        {
+            let product = self.files.weights(&b, shape_b)?.matmul(&self.files.weights(&a, shape_a)?);
+            values = values + product * scale;
+        }
+        Ok(values)
+    }
+}
+
+/// The checkpoint has the model's tensors, each whole, and no others; what the run did not train may be missing.
 fn check(saved: &Saved, files: &StateFiles, order: &[(&str, &[i64])]) -> Result<(), CheckpointError> {
     let have = files.tensors();
     let mut list = String::new();
+    let config = &saved.manifest.config;
+    let trained_all = config["scope"].is_null() && config["method"]["update"].is_null();
     for (name, shape) in order {
         match have.get(name) {
+            None if !trained_all => {}
             None => list += &format!("\n  missing      {name} {shape:?}"),
             Some(found) if found != shape => {
                 list += &format!("\n  wrong shape  {name}: found {found:?}, expected {shape:?}")
@@ -91,7 +131,7 @@ fn check(saved: &Saved, files: &StateFiles, order: &[(&str, &[i64])]) -> Result<
         }
     }
     for (name, shape) in &have {
-        if !order.iter().any(|(known, _)| known == name) {
+        if !order.iter().any(|(known, _)| known == name) && !name.starts_with(ADAPTER_PREFIX) {
             list += &format!("\n  unexpected   {name} {shape:?}");
         }
     }

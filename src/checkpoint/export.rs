@@ -4,6 +4,7 @@
 //! depend on the layout.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -12,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use super::CheckpointError;
 use super::tensor_file::{Spec, Writer};
 use crate::dist::World;
-use crate::model::sharding::{Class, ParamId, Piece, Table};
+use crate::model::sharding::{ParamId, Piece, Table};
 
 /// What to write and where.
 pub struct ExportOptions<'a> {
@@ -39,14 +40,17 @@ struct Outgoing {
 /// `tables`: the sharding table of each tensor-parallel rank. `parameter(id)`: this rank's f32 values of a parameter, complete
 /// over the data-parallel ranks; it is called for all parameters in model order on all ranks and may use collectives.
 /// `progress` is called after each tensor.
-pub fn export(
+///
+/// # Errors
+/// What cannot be written, and those of `parameter`.
+pub fn export<E: From<CheckpointError>>(
     options: &ExportOptions,
     tables: &[Table],
     world: &World,
-    mut parameter: impl FnMut(ParamId) -> Tensor,
+    mut parameter: impl FnMut(ParamId) -> Result<Tensor, E>,
     mut progress: impl FnMut(),
-) -> Result<(), CheckpointError> {
-    let outgoing = plan(tables, options.kind);
+) -> Result<(), E> {
+    let outgoing = plan(tables, 0..tables[0].own, options.kind);
     let specs: Vec<Spec> = outgoing.iter().map(|tensor| tensor.spec.clone()).collect();
     let files = split(&specs, options.max_shard_bytes);
     let partial = options.target.with_extension("partial");
@@ -65,7 +69,7 @@ pub fn export(
         let mut writer = world.is_first().then(create).transpose()?;
         for tensor in &outgoing[range.clone()] {
             if open.as_ref().is_none_or(|(id, _)| *id != tensor.param) {
-                open = Some((tensor.param, parameter(tensor.param)));
+                open = Some((tensor.param, parameter(tensor.param)?));
             }
             let (_, values) = open.as_ref().expect("invariant: just set");
             // one copy of the model is enough: the first data-parallel row gathers over its tensor-parallel ranks
@@ -94,10 +98,10 @@ pub fn export(
 }
 
 /// The tensors in model order with every rank's boxes.
-fn plan(tables: &[Table], kind: Kind) -> Vec<Outgoing> {
+fn plan(tables: &[Table], ids: Range<ParamId>, kind: Kind) -> Vec<Outgoing> {
     let mut outgoing = Vec::<Outgoing>::new();
-    for (id, param) in tables[0].params.iter().enumerate() {
-        let replicated = matches!(param.class, Class::Vector | Class::PartialVector);
+    for (id, param) in tables[0].params.iter().enumerate().filter(|(id, _)| ids.contains(id)) {
+        let replicated = param.class.is_replicated();
         let mut names: Vec<&str> = param.pieces.iter().map(|piece| piece.name.as_str()).collect();
         names.dedup();
         for name in names {
@@ -160,6 +164,45 @@ fn assemble(tensor: &Outgoing, values: &Tensor, kind: Kind, world: &World) -> Op
         }
     }
     Some(whole)
+}
+
+/// Writes the adapters of the tables in PEFT's format: `adapter_model.safetensors` and `adapter_config.json` with `settings`. All ranks call
+/// it; `parameter` is as in [`export`].
+///
+/// # Errors
+/// What cannot be written.
+pub fn export_adapter(
+    target: &Path,
+    kind: Kind,
+    settings: &Value,
+    tables: &[Table],
+    world: &World,
+    mut parameter: impl FnMut(ParamId) -> Tensor,
+) -> Result<(), CheckpointError> {
+    let outgoing = plan(tables, tables[0].own..tables[0].params.len(), kind);
+    let specs: Vec<Spec> = outgoing.iter().map(|tensor| tensor.spec.clone()).collect();
+    let write = |path: &Path, source| CheckpointError::Write { path: path.to_owned(), source };
+    if world.is_first() {
+        std::fs::create_dir_all(target).map_err(|e| write(target, e))?;
+    }
+    let create = || Writer::create(&target.join("adapter_model.safetensors"), &specs, &[("format", "pt")]);
+    let mut writer = world.is_first().then(create).transpose()?;
+    for tensor in &outgoing {
+        let values = parameter(tensor.param);
+        if world.mesh.dp_rank() == 0
+            && let (Some(whole), Some(writer)) = (assemble(tensor, &values, kind, world), &mut writer)
+        {
+            writer.append(&whole)?;
+        }
+    }
+    writer.map(Writer::finish).transpose()?;
+    if world.is_first() {
+        let path = target.join("adapter_config.json");
+        let text = serde_json::to_string_pretty(settings).expect("invariant: settings are JSON");
+        std::fs::write(&path, text + "\n").map_err(|e| write(&path, e))?;
+    }
+    world.world.barrier();
+    Ok(())
 }
 
 pub(super) fn file_name(index: usize, count: usize) -> String {

@@ -107,6 +107,21 @@ impl Folder {
         Ok(tensor)
     }
 
+    /// A whole stored tensor, in its stored kind; nothing is read until it is used.
+    ///
+    /// # Errors
+    /// A tensor that is not there or has another shape.
+    pub fn whole(&self, name: &str, shape: &[i64]) -> Result<Tensor, CheckpointError> {
+        let found = self.entries.get(name).map(|entry| entry.shape.as_slice());
+        if found != Some(shape) {
+            let found = found.map_or("nothing".to_owned(), |found| format!("{found:?}"));
+            let reason = format!("expected {shape:?}, found {found}");
+            return Err(CheckpointError::Tensor { path: self.path.clone(), name: name.to_owned(), reason });
+        }
+        let (offset, size) = (vec![0; shape.len()], shape.to_vec());
+        self.slice(&Piece { name: name.to_owned(), shape: size.clone(), offset, size, row: 0 })
+    }
+
     /// The kind that holds most of the weights.
     pub fn kind(&self) -> Kind {
         let mut sizes = BTreeMap::<&str, (i64, Kind)>::new();

@@ -12,7 +12,7 @@ mod tensor_file;
 
 pub use convert::{TensorDifference, convert, difference};
 pub use error::CheckpointError;
-pub use export::{ExportOptions, export};
+pub use export::{ExportOptions, export, export_adapter};
 pub use folder::Folder;
 pub use random::write_random;
 pub use store::{Manifest, Saved, StateFile, Store};

@@ -133,6 +133,14 @@ impl Reader {
         &self.path
     }
 
+    /// Names and shapes of all tensors, by name.
+    pub fn shapes(&self) -> Vec<(String, Vec<i64>)> {
+        let shape = |info: &safetensors::tensor::TensorInfo| info.shape.iter().map(|&n| n as i64).collect();
+        let mut all: Vec<_> = self.header.tensors().into_iter().map(|(name, info)| (name, shape(info))).collect();
+        all.sort();
+        all
+    }
+
     /// A stored tensor's bytes, which are all inside the file, and its type.
     pub fn bytes(&self, name: &str) -> Result<(&[u8], safetensors::Dtype), CheckpointError> {
         let refuse = |reason: &str| CheckpointError::Tensor {

@@ -8,6 +8,7 @@ mod error;
 mod load;
 mod method;
 mod schema;
+mod scope;
 mod validate;
 mod words;
 
@@ -16,3 +17,4 @@ pub use error::ConfigError;
 pub use load::{digest, from_file, from_str, json_schema, to_json, to_toml};
 pub use method::*;
 pub use schema::*;
+pub use scope::*;

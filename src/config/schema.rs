@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::data::{Source, Template};
 use super::method::Method;
+use super::scope::{Before, Scope};
 
 /// Everything about one run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -21,6 +22,10 @@ pub struct Config {
     pub parallel: Parallel,
     pub data: Data,
     pub method: Method,
+    #[serde(default, skip_serializing_if = "Scope::is_all")]
+    pub scope: Scope,
+    #[serde(default, skip_serializing_if = "Before::is_nothing")]
+    pub before: Before,
     pub train: Train,
     pub optimizer: Optimizer,
     #[serde(default)]

@@ -3,7 +3,8 @@
 use super::data::Kind;
 use super::error::ConfigError;
 use super::method::{Compat, Method, Objective, Positions, Retain};
-use super::schema::{Config, Device, Dp, Eval, Export, Optimizer, OptimizerName};
+use super::schema::{Config, Device, Dp, Eval, Export, Optimizer, OptimizerName, StateDtype};
+use super::scope::{LoraInit, Mask, Score, Unit};
 
 /// Checks what one key says against what the others say.
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
@@ -11,6 +12,8 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     data(config)?;
     train(config)?;
     optimizer(config)?;
+    scope(config)?;
+    before(config)?;
     let parallel = &config.parallel;
     positive("parallel.tp", parallel.tp as f64)?;
     positive("parallel.bucket_mib", parallel.bucket_mib)?;
@@ -247,6 +250,128 @@ fn optimizer(config: &Config) -> Result<(), ConfigError> {
         }
         OptimizerName::Sgd => fraction("optimizer.momentum", optimizer.momentum.unwrap_or(Optimizer::MOMENTUM)),
     }
+}
+
+fn scope(config: &Config) -> Result<(), ConfigError> {
+    let scope = &config.scope;
+    for (key, empty) in [
+        ("scope.tensors", scope.tensors.as_ref().is_some_and(Vec::is_empty)),
+        ("scope.layers", scope.layers.as_ref().is_some_and(Vec::is_empty)),
+        ("scope.lora.targets", scope.lora.iter().any(|lora| lora.targets.as_ref().is_some_and(Vec::is_empty))),
+    ] {
+        if empty {
+            return Err(ConfigError::value(key, "is empty: nothing would be trained; name something or remove it"));
+        }
+    }
+    if let Some(lora) = &scope.lora {
+        positive("scope.lora.r", lora.r as f64)?;
+        positive("scope.lora.alpha", lora.alpha)?;
+        if lora.init == LoraInit::Fila {
+            needs_both_sets(config, "scope.lora.init = \"fila\"")?;
+            positive("scope.lora.fila_batch", lora.fila_batch.unwrap_or(1) as f64)?;
+        } else if lora.fila_batch.is_some() {
+            return no_effect("scope.lora.fila_batch", "unless scope.lora.init = \"fila\"", "remove it");
+        }
+        if scope.mask.is_some() {
+            return Err(ConfigError::value(
+                "scope.mask",
+                "given together with scope.lora: a mask chooses weights of the matrices, which stay as they are; write one of them",
+            ));
+        }
+    }
+    if scope.mask.is_some() && config.optimizer.state_dtype == Some(StateDtype::Int8) {
+        let reason = "is \"int8\" with scope.mask: the moments of what is chosen are few, and codes of theirs could not be resumed \
+                      exactly; write \"f32\" or \"bf16\"";
+        return Err(ConfigError::value("optimizer.state_dtype", reason));
+    }
+    scope.mask.as_ref().map_or(Ok(()), |given| mask(config, given))
+}
+
+fn mask(config: &Config, mask: &Mask) -> Result<(), ConfigError> {
+    let key = |name: &str| format!("scope.mask.{name}");
+    let Mask { score, file, fraction, unit, among, eps, mu, max_cosine, min_gradient, samples, .. } = mask;
+    let score = match (score, file) {
+        (None, None) => return Err(ConfigError::value("scope.mask.score", "missing; write a score or a file")),
+        (Some(_), Some(_)) => {
+            return Err(ConfigError::value("scope.mask.file", "given together with scope.mask.score; write only one"));
+        }
+        (None, Some(_)) => None,
+        (Some(score), None) => Some(*score),
+    };
+    let unit_or_default = unit.unwrap_or_default();
+    for (name, given, when, takes) in [
+        ("fraction", fraction.is_some(), "with scope.mask.file", score.is_some()),
+        ("unit", unit.is_some(), "with scope.mask.file", score.is_some()),
+        ("among", among.is_some(), "with scope.mask.file", score.is_some()),
+        ("eps", eps.is_some(), "unless score is \"gri\" or \"fila\"", matches!(score, Some(Score::Gri | Score::Fila))),
+        ("mu", mu.is_some(), "unless score = \"wagle\"", score == Some(Score::Wagle)),
+        ("max_cosine", max_cosine.is_some(), "unless score = \"memflex\"", score == Some(Score::Memflex)),
+        ("min_gradient", min_gradient.is_some(), "unless score = \"memflex\"", score == Some(Score::Memflex)),
+        (
+            "samples",
+            samples.is_some(),
+            "unless the score looks at samples",
+            score.is_some_and(|score| score != Score::Random),
+        ),
+    ] {
+        if given && !takes {
+            return no_effect(&key(name), when, "remove it");
+        }
+    }
+    let share = fraction.unwrap_or(Mask::FRACTION);
+    check(&key("fraction"), share, share > 0.0 && share <= 1.0, "a number in (0, 1]")?;
+    not_negative(&key("eps"), eps.unwrap_or(0.0))?;
+    positive(&key("mu"), mu.unwrap_or(Mask::MU))?;
+    finite(&key("max_cosine"), max_cosine.unwrap_or(Mask::MAX_COSINE))?;
+    not_negative(&key("min_gradient"), min_gradient.unwrap_or(Mask::MIN_GRADIENT))?;
+    match score {
+        Some(Score::Memflex) if unit_or_default == Unit::Weight => {
+            let reason = "is \"weight\" with score = \"memflex\", which compares directions; write \"row\", \"column\" or \"tensor\"";
+            return Err(ConfigError::value(&key("unit"), reason));
+        }
+        Some(Score::Activations) if unit_or_default != Unit::Column => {
+            let reason =
+                "is not \"column\" with score = \"activations\", which rates value vectors; write unit = \"column\"";
+            return Err(ConfigError::value(&key("unit"), reason));
+        }
+        Some(Score::Gri | Score::Fila | Score::Wagle | Score::Memflex) => needs_both_sets(config, "scope.mask.score")?,
+        _ => {}
+    }
+    Ok(())
+}
+
+fn needs_both_sets(config: &Config, what: &str) -> Result<(), ConfigError> {
+    match config.data.retain {
+        Some(_) => Ok(()),
+        None => Err(ConfigError::value("data.retain", format!("missing; {what} compares forget and retain samples"))),
+    }
+}
+
+fn before(config: &Config) -> Result<(), ConfigError> {
+    let before = &config.before;
+    let asks = before.reset || before.blend.is_some();
+    if asks && before.other.is_none() {
+        return Err(ConfigError::value(
+            "before.other",
+            "missing; before.reset and before.blend need another checkpoint",
+        ));
+    }
+    if !asks && before.other.is_some() {
+        return no_effect("before.other", "without before.reset or before.blend", "remove it");
+    }
+    if let Some(blend) = before.blend {
+        finite("before.blend", blend)?;
+    }
+    if let Some(noise) = before.noise {
+        positive("before.noise", noise)?;
+    } else if before.noise_relative {
+        return no_effect("before.noise_relative", "without before.noise", "remove it");
+    }
+    if config.scope.lora.is_some() && (before.reset || before.noise.is_some()) {
+        let key = if before.reset { "before.reset" } else { "before.noise" };
+        return no_effect(key, "with scope.lora: the matrices do not change", "remove one of them");
+    }
+    Ok(())
 }
 
 fn no_effect(key: &str, when: &str, instead: &str) -> Result<(), ConfigError> {

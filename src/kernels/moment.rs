@@ -141,6 +141,22 @@ impl Moment {
         numbers * scales.repeat_interleave_self_int(BLOCK as i64, 0, None).narrow(0, 0, self.values.size()[0])
     }
 
+    /// Another handle on the same memory.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            values: self.values.shallow_clone(),
+            scales: self.scales.as_ref().map(Tensor::shallow_clone),
+            codes: self.codes,
+        }
+    }
+
+    /// The moment of `len` elements, f32, that is this one's at `indices` (i64) and 0 elsewhere.
+    pub fn spread(&self, indices: &Tensor, len: i64) -> Self {
+        let mut values = Tensor::zeros([len], (Kind::Float, self.values.device()));
+        let _ = values.index_copy_(0, indices, &self.read());
+        Self { values, scales: None, codes: self.codes }
+    }
+
     /// Replaces the moment's numbers by `numbers: [len]` f32, rounded to its storage.
     ///
     /// Codes that were read and are written again may differ: the signed book has no -1, so a block whose largest number is

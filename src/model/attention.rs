@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 use super::attention_core::{self, Normalisers, Projections};
 use super::batch::Batch;
 use super::decoder::{Decoder, Keep};
+use super::linear;
 use super::sharding::{LayerParams, attention_unit};
 use super::weights::{Gradients, Weights};
 use crate::kernels::{rms_norm, rotary};
@@ -53,7 +54,7 @@ pub(super) fn forward(
 ) -> (Tensor, Option<AttentionTape>) {
     let params = &model.table.layers[layer];
     let (rest, _) = inside(model, weights, layer, batch, &x);
-    let partial = rest.mixed.matmul(&weights.get(params.output).tr());
+    let partial = linear::forward(model, weights, layer, params.output, &rest.mixed);
     let mut y = model.reduce_tokens(partial);
     let _ = y.g_add_(&x);
     let tape = match keep {
@@ -84,8 +85,8 @@ pub(super) fn backward(
         }
     };
     let d_output = model.gather_tokens(grad.shallow_clone());
-    let d_mixed = d_output.matmul(weights.get(params.output));
-    sink.product(params.output, &d_output, &rest.mixed);
+    let d_mixed = linear::backward(model, weights, layer, params.output, &d_output);
+    linear::gradients(model, weights, layer, params.output, &d_output, &rest.mixed, sink);
     drop(d_output);
     let Rest { rstd, projected, mixed, normalisers } = rest;
     let shape = core_shape(model, layer);
@@ -94,11 +95,11 @@ pub(super) fn backward(
     drop((d_mixed, mixed));
     let d_qkv = unproject(model, weights, params, batch, projected, d_qkv, sink);
     let again = || model.gather_tokens(rms_norm::apply(&x, weights.get(params.attention_norm), &rstd));
-    sink.product(params.qkv, &d_qkv, &normed.unwrap_or_else(again));
+    linear::gradients(model, weights, layer, params.qkv, &d_qkv, &normed.unwrap_or_else(again), sink);
     if let Some(bias) = params.qkv_bias {
         sink.vector(bias, &d_qkv.sum_dim_intlist(0i64, false, Kind::Float));
     }
-    let d_normed = model.reduce_tokens(d_qkv.matmul(weights.get(params.qkv)));
+    let d_normed = model.reduce_tokens(linear::backward(model, weights, layer, params.qkv, &d_qkv));
     let d_norm = rms_norm::backward(grad, &d_normed, &x, weights.get(params.attention_norm), &rstd);
     sink.vector(params.attention_norm, &d_norm);
     sink.complete(attention_unit(layer));
@@ -109,7 +110,7 @@ fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &T
     let params = &model.table.layers[layer];
     let (normed, rstd) = rms_norm::forward(x, weights.get(params.attention_norm), model.arch.norm_eps);
     let normed = model.gather_tokens(normed);
-    let mut qkv = normed.matmul(&weights.get(params.qkv).tr());
+    let mut qkv = linear::forward(model, weights, layer, params.qkv, &normed);
     if let Some(bias) = params.qkv_bias {
         let _ = qkv.g_add_(weights.get(bias));
     }

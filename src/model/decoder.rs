@@ -120,6 +120,12 @@ impl Decoder {
         }
     }
 
+    /// What enters a layer's down product, all tokens' of this rank's width: `[tokens, width / tp]`. `tape`: of all layers. All ranks
+    /// of the tensor-parallel group call it.
+    pub fn mlp_activation(&self, weights: &Weights, layer: usize, tape: &Tape) -> Tensor {
+        mlp::activation(self, weights, layer, &tape.mlp[layer])
+    }
+
     /// The reverse of [`Self::enter`]; the last of a backward pass.
     pub fn leave(&self, batch: &Batch, grad: Tensor, sink: &mut dyn Gradients) {
         let grad = self.all_tokens(&grad);

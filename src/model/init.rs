@@ -59,9 +59,18 @@ pub fn initial(param: &Param, piece: &Piece, seed: u64, std: f64) -> Tensor {
     match param.class {
         Class::Vector | Class::PartialVector => Tensor::ones(&piece.size, options),
         Class::Bias => Tensor::zeros(&piece.size, options),
-        Class::Matrix => fill(piece, &|stream, index| (stream.normal(index) * std) as f32, seed),
+        Class::Matrix | Class::PartialMatrix => fill(piece, &|stream, index| (stream.normal(index) * std) as f32, seed),
         Class::Frozen => unreachable!("invariant: values are drawn for a table in which nothing is frozen"),
     }
+}
+
+/// Initial values of one piece of an adapter, as in PEFT: A uniform in `[-1/sqrt(columns), 1/sqrt(columns))`, B zero.
+pub fn adapter(piece: &Piece, seed: u64) -> Tensor {
+    if piece.name.ends_with("lora_B.weight") {
+        return Tensor::zeros(&piece.size, (Kind::Float, Device::Cpu));
+    }
+    let bound = 1.0 / (piece.shape[1] as f32).sqrt();
+    fill(piece, &|stream, index| bound * stream.symmetric(index), seed)
 }
 
 /// `value(stream, index)` for every element of a piece, by its index in the whole tensor.

@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use super::decoder::{Decoder, Keep};
+use super::linear;
 use super::sharding::mlp_unit;
 use super::weights::{Gradients, Weights};
 use crate::kernels::{rms_norm, swiglu};
@@ -31,7 +32,7 @@ pub(super) fn forward(
 ) -> (Tensor, Option<MlpTape>) {
     let params = &model.table.layers[layer];
     let (rest, _) = inside(model, weights, layer, &x);
-    let partial = swiglu::forward(&rest.gate_up).matmul(&weights.get(params.down).tr());
+    let partial = linear::forward(model, weights, layer, params.down, &swiglu::forward(&rest.gate_up));
     let mut y = model.reduce_tokens(partial);
     let _ = y.g_add_(&x);
     let tape = match keep {
@@ -61,17 +62,22 @@ pub(super) fn backward(
         }
     };
     let d_down = model.gather_tokens(grad.shallow_clone());
-    let d_activation = d_down.matmul(weights.get(params.down));
+    let d_activation = linear::backward(model, weights, layer, params.down, &d_down);
     let (d_gate_up, activation) = swiglu::backward(&d_activation, &gate_up);
     drop((gate_up, d_activation));
-    sink.product(params.down, &d_down, &activation);
+    linear::gradients(model, weights, layer, params.down, &d_down, &activation, sink);
     drop((d_down, activation));
     let again = || model.gather_tokens(rms_norm::apply(&x, weights.get(params.mlp_norm), &rstd));
-    sink.product(params.gate_up, &d_gate_up, &normed.unwrap_or_else(again));
-    let d_normed = model.reduce_tokens(d_gate_up.matmul(weights.get(params.gate_up)));
+    linear::gradients(model, weights, layer, params.gate_up, &d_gate_up, &normed.unwrap_or_else(again), sink);
+    let d_normed = model.reduce_tokens(linear::backward(model, weights, layer, params.gate_up, &d_gate_up));
     let d_norm = rms_norm::backward(grad, &d_normed, &x, weights.get(params.mlp_norm), &rstd);
     sink.vector(params.mlp_norm, &d_norm);
     sink.complete(mlp_unit(layer));
+}
+
+/// The activation that enters the down product, from a tape that kept inputs: `[tokens, width]` of this rank's width.
+pub(super) fn activation(model: &Decoder, weights: &Weights, layer: usize, tape: &MlpTape) -> Tensor {
+    swiglu::forward(&inside(model, weights, layer, &tape.x).0.gate_up)
 }
 
 /// Up to the activation, and all tokens after the norm; the down product is not needed again in backward.
@@ -79,6 +85,6 @@ fn inside(model: &Decoder, weights: &Weights, layer: usize, x: &Tensor) -> (Rest
     let params = &model.table.layers[layer];
     let (normed, rstd) = rms_norm::forward(x, weights.get(params.mlp_norm), model.arch.norm_eps);
     let normed = model.gather_tokens(normed);
-    let gate_up = normed.matmul(&weights.get(params.gate_up).tr());
+    let gate_up = linear::forward(model, weights, layer, params.gate_up, &normed);
     (Rest { rstd, gate_up }, normed)
 }

@@ -12,6 +12,7 @@ mod decoder;
 pub mod families;
 mod head;
 pub mod init;
+mod linear;
 mod mlp;
 pub mod published;
 mod rope;

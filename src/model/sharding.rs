@@ -32,14 +32,31 @@ pub struct Piece {
 pub enum Class {
     /// A matrix cut over the tensor-parallel ranks: its gradient is complete, every rank counts its own shard.
     Matrix,
+    /// A matrix that is the same on all ranks, with a gradient that is a partial sum on each: added up over TP, counted once.
+    PartialMatrix,
     /// A vector cut in the same way.
     Bias,
     /// The same on all ranks, with a gradient that is a partial sum on each: added up over TP, counted once.
     PartialVector,
     /// The same on all ranks, gradient included: counted once.
     Vector,
-    /// Not trained: no gradient, no optimizer state, no weight decay.
+    /// Not trained: no gradient, no master weights, no optimizer state, no weight decay.
     Frozen,
+}
+
+impl Class {
+    /// Classes of what is trained, in the order of buffers.
+    pub const TRAINED: [Self; 5] = [Self::Matrix, Self::PartialMatrix, Self::Bias, Self::PartialVector, Self::Vector];
+
+    /// Whether weight decay applies.
+    pub fn is_matrix(self) -> bool {
+        matches!(self, Self::Matrix | Self::PartialMatrix)
+    }
+
+    /// Whether every tensor-parallel rank holds the same values; of what is not trained it does not say.
+    pub fn is_replicated(self) -> bool {
+        matches!(self, Self::PartialMatrix | Self::PartialVector | Self::Vector)
+    }
 }
 
 /// One parameter as this rank holds it.
@@ -69,12 +86,32 @@ pub struct LayerParams {
     /// gate and up rows of this rank, in this order.
     pub gate_up: ParamId,
     pub down: ParamId,
+    /// Low-rank adapters of these matrices.
+    pub adapters: Vec<Adapter>,
+}
+
+/// A low-rank addition to some rows of a matrix: `W[rows] += scale * B A`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Adapter {
+    /// The matrix that it adds to.
+    pub of: ParamId,
+    /// This rank's rows of the matrix that belong to the adapted Hugging Face tensor.
+    pub rows: Range<i64>,
+    /// `[r, columns]`.
+    pub a: ParamId,
+    /// `[rows, r]`.
+    pub b: ParamId,
 }
 
 /// All parameters of one rank, in model order.
 #[derive(Clone, Debug)]
 pub struct Table {
+    /// The model's own, then those of adapters.
     pub params: Vec<Param>,
+    /// Number of the model's own.
+    pub own: usize,
+    /// Factor of the adapters' product.
+    pub adapter_scale: f64,
     pub embedding: ParamId,
     pub layers: Vec<LayerParams>,
     pub final_norm: ParamId,
@@ -104,38 +141,70 @@ impl Table {
         let layers = (0..arch.num_layers).map(|layer| builder.layer(layer)).collect();
         let final_norm = builder.vector("model.norm.weight", arch.hidden, Class::Vector, num_units - 1);
         let head = if arch.tied { embedding } else { builder.vocabulary("lm_head.weight", &vocab, num_units - 1) };
-        Ok(Self { params: builder.params, embedding, layers, final_norm, head, vocab })
+        let own = builder.params.len();
+        Ok(Self { params: builder.params, own, adapter_scale: 1.0, embedding, layers, final_norm, head, vocab })
     }
 
-    /// Leaves only the parameters trainable whose Hugging Face names match one of `patterns` (`*` stands for anything).
-    ///
-    /// # Errors
-    /// A pattern that matches nothing, or only a part of what is held as one parameter (q, k and v; gate and up).
-    pub fn train_only(&mut self, patterns: &[String]) -> Result<(), ModelError> {
-        let mut used = vec![false; patterns.len()];
-        for param in &mut self.params {
-            let mut names: Vec<&str> = param.pieces.iter().map(|piece| piece.name.as_str()).collect();
-            names.dedup();
-            let hits = |name: &&str| patterns.iter().any(|pattern| matches(pattern, name));
-            let hit = names.iter().filter(|name| hits(name)).count();
-            for (used, pattern) in used.iter_mut().zip(patterns) {
-                *used |= names.iter().any(|name| matches(pattern, name));
-            }
-            if hit == 0 {
-                param.class = Class::Frozen;
-            } else if hit < names.len() {
-                let names = names.join(", ");
-                return Err(ModelError::Layout(format!(
-                    "method.update names only a part of {names}; they are trained together"
-                )));
+    /// Freezes the model and gives every matrix of a layer whose Hugging Face name is `wanted` an adapter of rank `r` with the factor
+    /// `scale` (arXiv 2106.09685), named as PEFT names them.
+    pub fn adapt(&mut self, wanted: impl Fn(&str) -> bool, r: i64, scale: f64) {
+        self.params.iter_mut().for_each(|param| param.class = Class::Frozen);
+        self.adapter_scale = scale;
+        for layer in 0..self.layers.len() {
+            let LayerParams { qkv, output, gate_up, down, .. } = self.layers[layer];
+            for of in [qkv, output, gate_up, down] {
+                let base = self.params[of].clone();
+                for pieces in base.pieces.chunk_by(|a, b| a.name == b.name) {
+                    if wanted(&pieces[0].name) {
+                        let adapter = self.adapter(of, &base, pieces, r);
+                        self.layers[layer].adapters.push(adapter);
+                    }
+                }
             }
         }
-        match used.iter().position(|used| !used) {
-            Some(at) => Err(ModelError::Layout(format!(
-                "method.update: {:?} matches no tensor of the model; names are like {:?}",
-                patterns[at], self.params[self.layers[0].down].pieces[0].name
-            ))),
-            None => Ok(()),
+    }
+
+    /// Adds the two parameters of one adapter. `pieces`: of the adapted tensor.
+    fn adapter(&mut self, of: ParamId, base: &Param, pieces: &[Piece], r: i64) -> Adapter {
+        let stem = pieces[0].name.trim_end_matches(".weight");
+        let name = |which: &str| format!("{ADAPTER_PREFIX}{stem}.lora_{which}.weight");
+        let (first, shape) = (&pieces[0], &pieces[0].shape);
+        // the matrix's columns, not its rows, are cut over the ranks
+        let columns_cut = self.layers.iter().any(|layer| layer.output == of || layer.down == of);
+        let a = Piece {
+            name: name("A"),
+            shape: vec![r, shape[1]],
+            offset: vec![0, first.offset[1]],
+            size: vec![r, first.size[1]],
+            row: 0,
+        };
+        let b = pieces.iter().map(|piece| Piece {
+            name: name("B"),
+            shape: vec![shape[0], r],
+            offset: vec![piece.offset[0], 0],
+            size: vec![piece.size[0], r],
+            row: piece.row - first.row,
+        });
+        let b: Vec<Piece> = b.collect();
+        let rows: i64 = b.iter().map(|piece| piece.size[0]).sum();
+        let (of_a, of_b) =
+            if columns_cut { (Class::Matrix, Class::PartialMatrix) } else { (Class::PartialMatrix, Class::Matrix) };
+        let mut push = |class, shape: Vec<i64>, pieces| {
+            let largest = shape.iter().product();
+            self.params.push(Param { shape, largest, class, unit: base.unit, pieces });
+            self.params.len() - 1
+        };
+        let a = push(of_a, vec![r, first.size[1]], vec![a]);
+        let b = push(of_b, vec![rows, r], b);
+        Adapter { of, rows: first.row..first.row + rows, a, b }
+    }
+
+    /// Freezes every parameter that `keep` does not want trained.
+    pub fn freeze(&mut self, keep: impl Fn(&Param) -> bool) {
+        for param in &mut self.params {
+            if !keep(param) {
+                param.class = Class::Frozen;
+            }
         }
     }
 
@@ -152,10 +221,10 @@ impl Table {
         2 * self.layers.len() + 2
     }
 
-    /// Every Hugging Face tensor with its shape, in model order.
+    /// Every Hugging Face tensor of the model with its shape, in model order; adapters are none.
     pub fn tensors(&self) -> Vec<(&str, &[i64])> {
         let mut seen = Vec::<(&str, &[i64])>::new();
-        for piece in self.params.iter().flat_map(|param| &param.pieces) {
+        for piece in self.params[..self.own].iter().flat_map(|param| &param.pieces) {
             if seen.last().is_none_or(|(name, _)| *name != piece.name) {
                 seen.push((&piece.name, &piece.shape));
             }
@@ -163,6 +232,9 @@ impl Table {
         seen
     }
 }
+
+/// What PEFT puts before the name of an adapted module.
+pub const ADAPTER_PREFIX: &str = "base_model.model.";
 
 /// Unit of a layer's attention half block.
 pub fn attention_unit(layer: usize) -> usize {
@@ -175,7 +247,7 @@ pub fn mlp_unit(layer: usize) -> usize {
 }
 
 /// Whether `name` is `pattern`, in which `*` stands for anything.
-fn matches(pattern: &str, name: &str) -> bool {
+pub fn matches(pattern: &str, name: &str) -> bool {
     let Some((start, rest)) = pattern.split_once('*') else { return pattern == name };
     let Some(mut name) = name.strip_prefix(start) else { return false };
     loop {
@@ -261,7 +333,8 @@ impl Builder<'_> {
             }
         };
         let down = self.columns(&name("mlp.down_proj.weight"), arch.hidden, width, mlp);
-        LayerParams { attention_norm, qkv, qkv_bias, q_norm, k_norm, output, mlp_norm, gate_up, down }
+        let adapters = Vec::new();
+        LayerParams { attention_norm, qkv, qkv_bias, q_norm, k_norm, output, mlp_norm, gate_up, down, adapters }
     }
 
     fn push(&mut self, shape: Vec<i64>, class: Class, unit: usize, pieces: Vec<Piece>) -> ParamId {

@@ -7,6 +7,7 @@ use thiserror::Error;
 use crate::checkpoint::CheckpointError;
 use crate::data::DataError;
 use crate::model::ModelError;
+use crate::scope::ScopeError;
 use crate::train::NonFinite;
 
 /// Why a run ended. The message is complete; `cli` adds nothing but the rank.
@@ -18,6 +19,8 @@ pub enum RunError {
     Model(#[from] ModelError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Scope(#[from] ScopeError),
     #[error(transparent)]
     NonFinite(#[from] NonFinite),
     #[error("{0}")]

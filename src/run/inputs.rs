@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::RunError;
 use crate::checkpoint::Folder;
@@ -11,6 +11,7 @@ use crate::data::{Dataset, Encoder, Refusals, Wanted, overlap};
 use crate::dist::World;
 use crate::model::sharding::Table;
 use crate::model::{Architecture, Decoder, LogitsPool, families, init};
+use crate::scope;
 use crate::telemetry::{Clock, Console};
 use crate::train::{Layout, Parameters};
 use crate::unlearn;
@@ -37,6 +38,8 @@ pub struct Loaded {
     pub parameters: Parameters,
     /// Digest of the weights that were loaded.
     pub identity: String,
+    /// Tensors that may change.
+    pub names: Vec<String>,
 }
 
 impl Inputs {
@@ -60,9 +63,7 @@ impl Inputs {
                 )));
             }
         }
-        if let Some(names) = &config.method.update {
-            table.train_only(names)?;
-        }
+        scope::narrow(&mut table, config)?;
         let data = &config.data;
         // texts need no template
         let template = data.template.as_ref().unwrap_or(&Template::Named(TemplateName::Chat));
@@ -104,7 +105,7 @@ impl Inputs {
         device: Device,
         console: &Console,
     ) -> Result<Loaded, RunError> {
-        let (whole, (table, layout)) = (self.table(config, world)?, self.layout(config, world)?);
+        let (whole, (table, layout, names)) = (self.table(config, world)?, self.layout(config, world)?);
         let kind = match config.train.precision {
             Precision::Bf16 => Kind::BFloat16,
             Precision::F32 => Kind::Float,
@@ -115,6 +116,7 @@ impl Inputs {
         let parameters = Parameters::new(&table, layout, kind, device, |id, piece| {
             bar.advance(1, "");
             match &self.weights {
+                _ if id >= whole.own => Ok(init::adapter(piece, seed)),
                 Some(folder) => folder.slice(piece),
                 None => Ok(init::initial(&whole.params[id], piece, seed, std)),
             }
@@ -137,26 +139,51 @@ impl Inputs {
             self.arch.num_parameters() as f64 / 1e6,
             &identity[..16]
         );
-        Ok(Loaded { decoder, parameters, identity })
+        Ok(Loaded { decoder, parameters, identity, names })
     }
 
     /// The shards of this rank with everything trained.
-    fn table(&self, config: &Config, world: &World) -> Result<Table, RunError> {
+    pub fn table(&self, config: &Config, world: &World) -> Result<Table, RunError> {
         let mesh = world.mesh;
         Ok(Table::new(&self.arch, mesh.tp, mesh.tp_rank(), config.parallel.sequence_parallel)?)
     }
 
-    /// Where this rank's part of every parameter lies.
-    pub fn layout(&self, config: &Config, world: &World) -> Result<(Table, Layout), RunError> {
-        let mesh = world.mesh;
+    /// Where this rank's part of every parameter lies, and the names of the tensors that may change.
+    pub fn layout(&self, config: &Config, world: &World) -> Result<(Table, Layout, Vec<String>), RunError> {
         let mut table = self.table(config, world)?;
-        if let Some(names) = &config.method.update {
-            table.train_only(names)?;
+        let names = scope::narrow(&mut table, config)?;
+        let layout = layout_of(&table, config, world);
+        Ok((table, layout, names))
+    }
+
+    /// This rank's values of a parameter as they were read, f32; `table` says which pieces.
+    pub fn original(
+        &self,
+        config: &Config,
+        table: &Table,
+        id: usize,
+        folder: Option<&Folder>,
+    ) -> Result<Tensor, RunError> {
+        let param = &table.params[id];
+        let values = Tensor::empty(&param.shape, (Kind::Float, Device::Cpu));
+        for piece in &param.pieces {
+            let part = match folder {
+                Some(folder) => folder.slice(piece)?,
+                None => init::initial(param, piece, config.run.seed, self.arch.initializer_range),
+            };
+            values.narrow(0, piece.row, piece.size[0]).copy_(&part);
         }
-        let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
-        let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
-        let layout = Layout::new(&table, bucket.max(1), owners, owner);
-        Ok((table, layout))
+        Ok(values)
+    }
+
+    /// What a score looks at.
+    pub fn scored<'a>(&'a self, config: &Config) -> scope::Sets<'a> {
+        let (seed, budget) = (config.run.seed, config.train.micro_batch_tokens);
+        let look = |name, set: &'a Dataset| scope::Look { name, set, samples: set.samples.len(), seed, budget };
+        scope::Sets {
+            forget: look("the forget set", &self.anchors),
+            retain: self.retain.as_ref().map(|set| look("the retain set", set)),
+        }
     }
 
     /// What decides what a run computes besides its configuration: digests of the model (`identity`) and of the data, by name.
@@ -242,6 +269,14 @@ impl Inputs {
         }
         Ok(())
     }
+}
+
+/// How this rank's share of what is trained is cut.
+pub fn layout_of(table: &Table, config: &Config, world: &World) -> Layout {
+    let mesh = world.mesh;
+    let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
+    let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
+    Layout::new(table, bucket.max(1), owners, owner)
 }
 
 fn tell(world: &World, warning: &str) {

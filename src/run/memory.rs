@@ -39,7 +39,9 @@ impl Memory {
     }
 
     /// The same before anything is allocated.
-    pub fn expected(config: &Config, layout: &Layout) -> Self {
+    ///
+    /// `frozen`: elements that are not trained.
+    pub fn expected(config: &Config, layout: &Layout, frozen: usize) -> Self {
         let all: usize = layout.buckets.iter().map(|bucket| bucket.len).sum();
         let own: usize = layout.buckets.iter().map(|bucket| bucket.own.len()).sum();
         let largest = layout.buckets.iter().map(|bucket| bucket.len).max().unwrap_or(0);
@@ -52,7 +54,7 @@ impl Memory {
             (_, config::StateDtype::Int8) => 2 * own + own / 32,
         };
         Self {
-            weights: all * if half { 2 } else { 4 },
+            weights: (all + frozen) * if half { 2 } else { 4 },
             masters: if half { 4 * own } else { 0 },
             gradients: grad * if config.optimizer.in_backward { largest } else { all },
             optimizer,

@@ -25,13 +25,14 @@ use serde_json::json;
 use tch::{Device, Kind};
 
 use crate::abi::signals;
-use crate::checkpoint::{ExportOptions, Store, export};
+use crate::checkpoint::{ExportOptions, Folder, Store, export, export_adapter};
 use crate::config::{self, Config};
 use crate::data::{Dataset, Order, RowsOf, Stream};
 use crate::dist::World;
 use crate::eval::{self, ForwardOptions, LikelihoodScores};
 use crate::model::Keep;
-use crate::model::sharding::Table;
+use crate::model::sharding::{ADAPTER_PREFIX, Table};
+use crate::scope;
 use crate::telemetry::{Console, LogFile};
 use crate::train;
 use crate::train::{
@@ -90,9 +91,12 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     // nothing of an earlier run is touched before the new one's inputs are known to be good
     let folder = RunFolder::create(config, &context, start)?;
     let (mut metrics, past) = folder.metrics(config, &context, start)?;
-    let expected = Memory::expected(config, &inputs.layout(config, world)?.1);
+    let (table, layout, _) = inputs.layout(config, world)?;
+    let frozen = layout.places.iter().zip(&table.params).filter(|(place, _)| place.is_none());
+    let frozen = frozen.map(|(_, param)| param.num_elements() as usize).sum();
+    let expected = Memory::expected(config, &layout, frozen);
     expected.prepare(&context.memory_words, config, context.device);
-    let Loaded { decoder, parameters, identity } = inputs.load(config, world, context.device, console)?;
+    let Loaded { decoder, parameters, identity, names } = inputs.load(config, world, context.device, console)?;
     let steps = total_steps(config, &inputs);
 
     let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
@@ -107,8 +111,14 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         release: config.optimizer.in_backward,
         device: decoder.device,
     };
-    let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding);
-    let optimizer = Optimizer::new(&config.optimizer, &decoder.table, &parameters);
+    // a score needs all gradients at once, in f32; what training needs comes after it
+    let scored = GradientOptions::f32(decoder.device);
+    let buffers = |trainer: &Trainer, options| {
+        GradientBuffers::new(&trainer.decoder.table, &trainer.parameters.layout, &world.tp, &world.dp, options)
+    };
+    let scores = config.scope.mask.as_ref().is_some_and(|mask| mask.score.is_some()) && start == Start::New;
+    let first_options = if scores { scored } else { holding };
+    let gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, first_options);
     let mut trainer = Trainer {
         schedule: Schedule::new(&config.schedule, config.optimizer.lr, steps, per_epoch),
         method,
@@ -125,8 +135,20 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         decoder,
         parameters,
         gradients,
-        optimizer,
+        optimizer: Optimizer::none(),
     };
+    let mask = folder.path.join("mask.safetensors");
+    let again = start != Start::New;
+    if let Some(selection) = scope::select(&mut trainer, config, &names, inputs.scored(config), &mask, again, world)? {
+        trainer.parameters.selection = Some(selection);
+    }
+    if scores {
+        trainer.gradients = buffers(&trainer, holding);
+    }
+    if let Some(selection) = &trainer.parameters.selection {
+        trainer.gradients.select(selection);
+    }
+    trainer.optimizer = Optimizer::new(&config.optimizer, &trainer.decoder.table, &trainer.parameters);
     Memory::of(&trainer).print();
     world.watchdog.set_deadline(timeout);
     let reference_start = Instant::now();
@@ -146,6 +168,11 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         strike(Phase::Eval)?;
         evaluations.before = evaluate(config, &inputs, &trainer, forward, world, console);
         metrics.write(&json!({ "step": 0, "eval": evaluations.before }))?;
+    }
+
+    if start == Start::New {
+        // after the reference and the evaluation: those are of the model that was given
+        intervene(config, &inputs, &mut trainer, &names, world)?;
     }
 
     let training = Instant::now();
@@ -206,7 +233,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         metrics.write(&json!({ "step": steps, "eval": evaluations.after }))?;
     }
     world.watchdog.set_deadline(timeout.max(FILES_DEADLINE));
-    if config.export.model {
+    if config.export.model || config.scope.lora.is_some() {
         strike(Phase::Export)?;
         export_model(config, &inputs, &trainer, world, console, &folder)?;
     }
@@ -262,6 +289,40 @@ fn restore(
     trainer.method.restore(&saved.manifest.method).map_err(RunError::Refused)?;
     tracing::info!("going on after step {step}, from {}", saved.folder.display());
     Ok(())
+}
+
+/// What is done to the weights before the first step. All ranks call it.
+fn intervene(
+    config: &Config,
+    inputs: &Inputs,
+    trainer: &mut Trainer,
+    names: &[String],
+    world: &World,
+) -> Result<(), RunError> {
+    scope::intervene(trainer, config, world)?;
+    if let Some(lora) = config.scope.lora.as_ref().filter(|lora| lora.init == config::LoraInit::Fila) {
+        let (whole, sets) = (inputs.table(config, world)?, inputs.scored(config));
+        scope::fila(trainer, config, lora, names, whole, |table| inputs::layout_of(table, config, world), sets, world)?;
+    }
+    Ok(())
+}
+
+/// `adapter_config.json` as PEFT reads it.
+fn adapter_settings(config: &Config, table: &Table) -> serde_json::Value {
+    let lora = config.scope.lora.as_ref().expect("invariant: there are adapters");
+    let names = table.params[table.own..].iter().map(|param| param.pieces[0].name.as_str());
+    let modules = names.filter_map(|name| {
+        let module = name.strip_prefix(ADAPTER_PREFIX)?.split(".lora_").next()?;
+        Some(module.to_owned())
+    });
+    let mut modules: Vec<String> = modules.collect();
+    modules.dedup();
+    // full names: a choice of layers is not lost
+    json!({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": true,
+        "base_model_name_or_path": config.model.path, "r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": false, "init_lora_weights": true, "target_modules": modules,
+    })
 }
 
 /// As [`Fault::strike`] where the phase is on.
@@ -419,7 +480,13 @@ fn export_model(
         config::ExportDtype::F32 => Kind::Float,
     };
     let (tp, spread) = (world.mesh.tp, trainer.decoder.sequence_parallel);
-    let tables: Result<Vec<Table>, _> = (0..tp).map(|rank| Table::new(&inputs.arch, tp, rank, spread)).collect();
+    let full: Result<Vec<Table>, _> = (0..tp).map(|rank| Table::new(&inputs.arch, tp, rank, spread)).collect();
+    let narrowed = |rank| -> Result<Table, RunError> {
+        let mut table = Table::new(&inputs.arch, tp, rank, spread)?;
+        scope::narrow(&mut table, config)?;
+        Ok(table)
+    };
+    let tables: Result<Vec<Table>, RunError> = (0..tp).map(narrowed).collect();
     let options = ExportOptions {
         source: &config.model.path,
         target: &folder.model(),
@@ -428,18 +495,48 @@ fn export_model(
     };
     let tensors = trainer.decoder.table.tensors().len() as u64;
     let mut bar = console.progress("export", tensors, "tensors");
-    let parameters = &trainer.parameters;
+    let (parameters, table) = (&trainer.parameters, &trainer.decoder.table);
     let mut open = None;
-    let parameter = |id: usize| {
-        let (bucket, start) = parameters.layout.places[id];
+    let mut trained = |id: usize| {
+        let (bucket, start) = parameters.layout.places[id].expect("invariant: it is trained");
         if open.as_ref().is_none_or(|(index, _)| *index != bucket) {
             open = None;
             open = Some((bucket, parameters.gather_masters(bucket, &world.dp)));
         }
         let (_, flat) = open.as_ref().expect("invariant: just set");
-        let param = &trainer.decoder.table.params[id];
+        let param = &table.params[id];
         flat.narrow(0, start as i64, param.num_elements()).view(param.shape.as_slice())
     };
-    export(&options, &tables?, world, parameter, || bar.advance(1, ""))?;
-    Ok(())
+    if parameters.frozen_moved && config.scope.lora.is_some() {
+        tracing::info!(
+            "no adapter folder: the adapters belong to matrices that were changed before training; the model is whole"
+        );
+    } else if config.scope.lora.is_some() {
+        let settings = adapter_settings(config, &trainer.decoder.table);
+        export_adapter(&folder.adapter(), kind, &settings, &tables?, world, &mut trained)?;
+    }
+    if !config.export.model {
+        return Ok(());
+    }
+    let tables = full?;
+    // what is not trained leaves as it came, not as it was rounded for computing
+    let source = (!parameters.frozen_moved && config.model.init == config::Init::Pretrained)
+        .then(|| Folder::open(&config.model.path))
+        .transpose()?;
+    let whole = inputs.table(config, world)?;
+    let parameter = |id: usize| {
+        let values = match parameters.layout.places[id] {
+            Some(_) => return Ok(trained(id)),
+            None if parameters.frozen_moved => parameters.weights.get(id).to_kind(Kind::Float).to_device(Device::Cpu),
+            None => inputs.original(config, &whole, id, source.as_ref())?,
+        };
+        for adapter in table.layers.iter().flat_map(|layer| &layer.adapters).filter(|adapter| adapter.of == id) {
+            let (a, b) = (trained(adapter.a).copy(), trained(adapter.b));
+            let product = (b.matmul(&a) * table.adapter_scale).to_device(Device::Cpu);
+            let mut rows = values.narrow(0, adapter.rows.start, adapter.rows.end - adapter.rows.start);
+            let _ = rows.g_add_(&product);
+        }
+        Ok::<_, RunError>(values)
+    };
+    export(&options, &tables, world, parameter, || bar.advance(1, ""))
 }

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 use super::layout::{Bucket, Layout};
+use super::selection::Selection;
 use crate::dist::{Group, Pending, Reduce};
 use crate::kernels::reduce::sum_of_squares;
 use crate::model::Gradients;
@@ -56,6 +57,8 @@ pub struct GradientBuffers {
     under_way: VecDeque<Pending>,
     /// Most bytes that the buffers have held at once.
     peak: usize,
+    /// Marks of what may change in this rank's own part of each bucket, where not all may.
+    masks: Vec<Tensor>,
 }
 
 /// Sums under way at once; a transport may hold a copy of each bucket.
@@ -84,11 +87,24 @@ impl GradientBuffers {
             summed: VecDeque::new(),
             under_way: VecDeque::new(),
             peak: 0,
+            masks: Vec::new(),
         };
         if !options.release {
             (0..layout.buckets.len()).for_each(|bucket| _ = buffers.flat(bucket));
         }
         buffers
+    }
+
+    /// From now on sums are 0 where nothing may change.
+    pub fn select(&mut self, selection: &Selection) {
+        self.masks = (0..self.layout.buckets.len()).map(|bucket| selection.mask(bucket).shallow_clone()).collect();
+    }
+
+    fn masked(&self, bucket: usize, mut sum: Tensor) -> Tensor {
+        if let Some(mask) = self.masks.get(bucket) {
+            let _ = sum.g_mul_(mask);
+        }
+        sum
     }
 
     /// Starts a step: what the buffers hold counts no more.
@@ -126,6 +142,7 @@ impl GradientBuffers {
         self.start_all();
         let mut own: Vec<Tensor> = std::mem::take(&mut self.summed).into();
         own.extend(self.under_way.drain(..).map(Pending::wait));
+        let own: Vec<Tensor> = own.into_iter().enumerate().map(|(bucket, sum)| self.masked(bucket, sum)).collect();
         let norm = self.norm(&own);
         Reduced { own, norm }
     }
@@ -143,7 +160,7 @@ impl GradientBuffers {
         if self.options.release {
             self.flat[bucket] = None;
         }
-        Some((bucket, sum))
+        Some((bucket, self.masked(bucket, sum)))
     }
 
     /// The first parameter, in the order of backward, whose gradient on this rank alone is not finite, by its Hugging Face name.
@@ -151,7 +168,7 @@ impl GradientBuffers {
         let params = self.layout.buckets.iter().flat_map(|bucket| &bucket.params).map(|(id, _)| *id);
         let mut order: Vec<ParamId> = params.collect();
         order.sort_by_key(|&id| std::cmp::Reverse(self.table.params[id].unit));
-        order.retain(|&id| self.touched[id] && self.flat[self.layout.places[id].0].is_some());
+        order.retain(|&id| self.touched[id] && self.flat[self.bucket(id)].is_some());
         let bad =
             order.into_iter().find(|&id| !f64::try_from(self.view(id).sum(Kind::Double)).is_ok_and(f64::is_finite));
         bad.map(|id| self.table.params[id].pieces[0].name.clone())
@@ -159,13 +176,18 @@ impl GradientBuffers {
 
     /// The gradient of one parameter on this rank, before anything is summed. For tests and probes.
     pub fn view(&self, param: ParamId) -> Tensor {
-        let bucket = self.layout.places[param].0;
+        let bucket = self.bucket(param);
         view(&self.table, &self.layout, param, self.flat[bucket].as_ref().expect("invariant: the bucket is there"))
     }
 
     /// Bytes of the buffers, at most so far.
     pub fn bytes(&self) -> usize {
         self.peak
+    }
+
+    /// The bucket of a parameter that is trained.
+    fn bucket(&self, param: ParamId) -> usize {
+        self.layout.places[param].expect("invariant: it is trained").0
     }
 
     /// The buffer of a bucket, made now if it is not there.
@@ -181,7 +203,7 @@ impl GradientBuffers {
 
     /// A parameter's place in its bucket.
     fn target(&mut self, param: ParamId) -> Tensor {
-        let flat = self.flat(self.layout.places[param].0).shallow_clone();
+        let flat = self.flat(self.bucket(param)).shallow_clone();
         view(&self.table, &self.layout, param, &flat)
     }
 
@@ -200,10 +222,12 @@ impl GradientBuffers {
         }
         let flat = self.flat(index).shallow_clone();
         let bucket = &self.layout.buckets[index];
-        let partial = bucket.class(&self.table, Class::PartialVector);
-        if !partial.is_empty() {
-            let mut partial = flat.narrow(0, partial.start as i64, partial.len() as i64);
-            self.tp.all_reduce(&mut partial, Reduce::Sum);
+        for class in [Class::PartialMatrix, Class::PartialVector] {
+            let partial = bucket.class(&self.table, class);
+            if !partial.is_empty() {
+                let mut partial = flat.narrow(0, partial.start as i64, partial.len() as i64);
+                self.tp.all_reduce(&mut partial, Reduce::Sum);
+            }
         }
         let sent = if self.dp.size() > 1 { flat.to_kind(self.options.reduce) } else { flat };
         let pending = if self.sharded {
@@ -225,7 +249,7 @@ impl GradientBuffers {
     fn norm(&self, own: &[Tensor]) -> Tensor {
         let mut total = Tensor::zeros([1], (Kind::Double, self.options.device));
         for (bucket, own) in self.layout.buckets.iter().zip(own) {
-            for class in [Class::Matrix, Class::Bias, Class::PartialVector, Class::Vector] {
+            for class in Class::TRAINED {
                 let range = bucket.owned(&bucket.class(&self.table, class));
                 if !range.is_empty() && self.counts(class) {
                     total += sum_of_squares(&own.narrow(0, range.start as i64, range.len() as i64));
@@ -256,7 +280,7 @@ impl GradientBuffers {
 
     /// Whether this rank counts a class in a norm over the whole model.
     fn counts(&self, class: Class) -> bool {
-        !matches!(class, Class::PartialVector | Class::Vector) || self.tp.is_first()
+        !class.is_replicated() || self.tp.is_first()
     }
 
     fn sum_over_owners(&self, total: &mut Tensor) {
@@ -279,7 +303,7 @@ impl GradientBuffers {
 
 /// One parameter's place in a buffer of its bucket.
 fn view(table: &Table, layout: &Layout, param: ParamId, flat: &Tensor) -> Tensor {
-    let (_, start) = layout.places[param];
+    let (_, start) = layout.places[param].expect("invariant: it is trained");
     let param = &table.params[param];
     flat.narrow(0, start as i64, param.num_elements()).view(param.shape.as_slice())
 }

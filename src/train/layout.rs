@@ -5,7 +5,8 @@
 
 use std::ops::Range;
 
-use crate::model::sharding::{Class, ParamId, Table};
+use crate::checkpoint::slices::Place;
+use crate::model::sharding::{Class, Param, ParamId, Table};
 
 /// Elements to which parameters are aligned: 256 bytes of f32.
 const ALIGN: usize = 64;
@@ -14,8 +15,8 @@ const ALIGN: usize = 64;
 #[derive(Clone, Debug)]
 pub struct Layout {
     pub buckets: Vec<Bucket>,
-    /// Bucket and first element of each parameter.
-    pub places: Vec<(usize, usize)>,
+    /// Bucket and first element of each parameter that is trained; the others lie in no bucket.
+    pub places: Vec<Option<(usize, usize)>>,
 }
 
 /// One flat buffer.
@@ -34,12 +35,14 @@ pub struct Bucket {
 impl Layout {
     /// `bucket_elements`: least size of a bucket but the last; `owners`: ranks that share the buckets, `owner`: this one.
     pub fn new(table: &Table, bucket_elements: usize, owners: usize, owner: usize) -> Self {
-        let mut places = vec![(0, 0); table.params.len()];
+        let mut places = vec![None; table.params.len()];
         let mut buckets = Vec::new();
         let mut open = Vec::<ParamId>::new();
         let mut elements = 0;
         for unit in (0..table.num_units()).rev() {
-            for (id, param) in table.params.iter().enumerate().filter(|(_, param)| param.unit == unit) {
+            for (id, param) in
+                table.params.iter().enumerate().filter(|(_, param)| param.unit == unit && param.class != Class::Frozen)
+            {
                 open.push(id);
                 // the same on all tensor-parallel ranks, whose collectives go bucket by bucket
                 elements += param.largest as usize;
@@ -47,7 +50,7 @@ impl Layout {
             if !open.is_empty() && (elements >= bucket_elements || unit == 0) {
                 let bucket = close(table, std::mem::take(&mut open), unit, owners, owner);
                 for (id, range) in &bucket.params {
-                    places[*id] = (buckets.len(), range.start);
+                    places[*id] = Some((buckets.len(), range.start));
                 }
                 buckets.push(bucket);
                 elements = 0;
@@ -84,6 +87,29 @@ impl Bucket {
             self.params.iter().filter(|(id, _)| table.params[*id].class == class).map(|(_, range)| range);
         let Some(first) = of_class.next() else { return 0..0 };
         first.start..of_class.next_back().unwrap_or(first).end
+    }
+
+    /// The runs of a parameter that this rank owns: what they are, and where they lie in its own part of the bucket.
+    pub fn runs(&self, param: &Param, range: &Range<usize>) -> Vec<(Place, Range<usize>)> {
+        let columns = param.shape.get(1).copied().unwrap_or(1);
+        let pieces = param.pieces.iter().filter_map(|piece| {
+            let first = range.start + (piece.row * columns) as usize;
+            let len: i64 = piece.size.iter().product();
+            let own = self.owned(&(first..first + len as usize));
+            let start = self.own.start + own.start;
+            (!own.is_empty()).then(|| {
+                let place = Place {
+                    tensor: piece.name.clone(),
+                    shape: piece.shape.clone(),
+                    offset: piece.offset.clone(),
+                    size: piece.size.clone(),
+                    start: (start - first) as i64,
+                    len: own.len() as i64,
+                };
+                (place, own)
+            })
+        });
+        pieces.collect()
     }
 
     /// The part of `range` that this rank owns, counted from the start of its own part.
@@ -127,7 +153,7 @@ mod tests {
                 let mut end = 0;
                 for (id, range) in &bucket.params {
                     assert!(range.start >= end && range.start % ALIGN == 0);
-                    assert_eq!(layout.places[*id], (index, range.start));
+                    assert_eq!(layout.places[*id], Some((index, range.start)));
                     assert_eq!(range.len() as i64, table.params[*id].num_elements());
                     assert!(table.params[*id].unit >= bucket.last_unit);
                     end = range.end;
@@ -152,5 +178,17 @@ mod tests {
             [Class::Matrix, Class::Bias, Class::PartialVector, Class::Vector].map(|c| bucket.class(&table, c));
         assert!(classes.windows(2).all(|pair| pair[0].end <= pair[1].start));
         assert_eq!(bucket.owned(&classes[3]), classes[3]);
+    }
+
+    #[test]
+    fn what_is_not_trained_lies_in_no_bucket() {
+        let mut table = Table::new(&arch(Packing::Separate, true), 2, 0, false).unwrap();
+        let targets = ["q_proj", "v_proj", "down_proj"];
+        table.adapt(|name| targets.iter().any(|target| name.contains(target)), 4, 2.0);
+        let layout = Layout::new(&table, 1, 1, 0);
+        assert!(layout.places[..table.own].iter().all(Option::is_none));
+        assert!(layout.places[table.own..].iter().all(Option::is_some));
+        assert_eq!(table.params.len() - table.own, 2 * 3 * 2);
+        assert_eq!(layout.buckets.last().unwrap().last_unit, 1);
     }
 }

@@ -12,6 +12,7 @@ mod objective;
 mod optimizer;
 mod parameters;
 mod schedule;
+mod selection;
 mod state;
 mod step;
 mod terms;
@@ -26,6 +27,7 @@ pub use objective::{Objective, Term, Tokens, Totals, join_pairs, split_pairs};
 pub use optimizer::{Optimizer, Update};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
+pub use selection::Selection;
 pub use step::{Launched, Losses, NonFinite, StepReport, Trainer, TrainerOptions};
 
 /// The kind of tensor that a configuration names.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::parameters::Parameters;
 use crate::checkpoint::state::What;
@@ -32,10 +32,12 @@ struct Segment {
     unit: usize,
     /// Elements of this rank's own part of the bucket.
     own: Range<usize>,
+    /// Which of them may change, where not all may: `[chosen]` i32.
+    chosen: Option<Tensor>,
     state: State,
 }
 
-/// Of the size of the segment.
+/// Of the size of the segment, or of what is chosen of it.
 enum State {
     Moments {
         first: Moment,
@@ -51,6 +53,8 @@ pub struct Remembered<'a> {
     pub what: What,
     /// Elements of this rank's own part of the bucket.
     pub own: Range<usize>,
+    /// Which of them the moment is of, where not all: `[chosen]` i32.
+    pub chosen: Option<&'a Tensor>,
     pub moment: &'a mut Moment,
 }
 
@@ -64,6 +68,11 @@ pub struct Update<'a> {
 }
 
 impl Optimizer {
+    /// Changes nothing and remembers nothing.
+    pub fn none() -> Self {
+        Self { rule: Rule::Sgd { momentum: 0.0 }, weight_decay: 0.0, steps: 0, state: Vec::new() }
+    }
+
     pub fn new(config: &config::Optimizer, table: &Table, parameters: &Parameters) -> Self {
         let rule = match config.name {
             config::OptimizerName::Adamw => Rule::AdamW {
@@ -79,22 +88,25 @@ impl Optimizer {
             config::StateDtype::Bf16 => Storage::Bf16,
             config::StateDtype::Int8 => Storage::Block8,
         };
-        let state = parameters.layout.buckets.iter().zip(&parameters.masters).map(|(bucket, master)| {
-            let segments = bucket.segments(table).into_iter().filter(|segment| !segment.own.is_empty());
-            let segments = segments.filter(|segment| segment.class != Class::Frozen);
-            let with_state = segments.map(|segment| {
-                let zeros = |storage, codes| Moment::zeros(storage, codes, segment.own.len() as i64, master.device());
-                let state = match rule {
-                    Rule::AdamW { .. } => {
-                        State::Moments { first: zeros(storage, Codes::Signed), second: zeros(storage, Codes::Unsigned) }
-                    }
-                    Rule::Sgd { momentum } if momentum > 0.0 => State::Velocity(zeros(Storage::F32, Codes::Signed)),
-                    Rule::Sgd { .. } => State::Nothing,
-                };
-                Segment { class: segment.class, unit: segment.unit, own: segment.own, state }
+        let state =
+            parameters.layout.buckets.iter().zip(&parameters.masters).enumerate().map(|(index, (bucket, master))| {
+                let segments = bucket.segments(table).into_iter().filter(|segment| !segment.own.is_empty());
+                let with_state = segments.map(|segment| {
+                    let chosen = parameters.selection.as_ref().map(|selection| selection.indices(index, &segment.own));
+                    let len = chosen.as_ref().map_or(segment.own.len(), Tensor::numel);
+                    let zeros = |storage, codes| Moment::zeros(storage, codes, len as i64, master.device());
+                    let state = match rule {
+                        Rule::AdamW { .. } => State::Moments {
+                            first: zeros(storage, Codes::Signed),
+                            second: zeros(storage, Codes::Unsigned),
+                        },
+                        Rule::Sgd { momentum } if momentum > 0.0 => State::Velocity(zeros(Storage::F32, Codes::Signed)),
+                        Rule::Sgd { .. } => State::Nothing,
+                    };
+                    Segment { class: segment.class, unit: segment.unit, own: segment.own, chosen, state }
+                });
+                with_state.collect()
             });
-            with_state.collect()
-        });
         Self { state: state.collect(), rule, weight_decay: config.weight_decay, steps: 0 }
     }
 
@@ -110,11 +122,18 @@ impl Optimizer {
     /// `w *= 1 - lr * weight_decay` before the update.
     pub fn update(&mut self, parameters: &Parameters, bucket: usize, grad: &Tensor, update: &Update) {
         for segment in &mut self.state[bucket] {
+            if segment.chosen.as_ref().is_some_and(|chosen| chosen.numel() == 0) {
+                continue;
+            }
             let part = |t: &Tensor| t.narrow(0, segment.own.start as i64, segment.own.len() as i64);
-            let (mut master, grad) = (part(&parameters.masters[bucket]), part(grad));
-            let weight_decay = if segment.class == Class::Matrix { self.weight_decay } else { 0.0 };
+            // copies of what may change, put back below
+            let chosen = segment.chosen.as_ref().map(|chosen| chosen.to_kind(Kind::Int64));
+            let take = |t: &Tensor| chosen.as_ref().map_or_else(|| part(t), |chosen| part(t).index_select(0, chosen));
+            let (mut master, grad) = (take(&parameters.masters[bucket]), take(grad));
+            let weight_decay = if segment.class.is_matrix() { self.weight_decay } else { 0.0 };
             let scale = (update.scale)(segment.unit);
-            let mut copy = parameters.rounded(bucket).map(|own| part(&own));
+            let rounded = parameters.rounded(bucket);
+            let mut copy = rounded.as_ref().map(take);
             let extras = Extras { scale: Some(&scale), skip: Some(update.skip), copy: copy.as_mut() };
             match (&self.rule, &mut segment.state) {
                 (Rule::AdamW { betas: [beta1, beta2], eps }, State::Moments { first, second }) => {
@@ -136,6 +155,12 @@ impl Optimizer {
                 }
                 _ => unreachable!("invariant: the state belongs to the rule"),
             }
+            if let Some(chosen) = &chosen {
+                let _ = part(&parameters.masters[bucket]).index_copy_(0, chosen, &master);
+                if let (Some(own), Some(copy)) = (&rounded, &copy) {
+                    let _ = part(own).index_copy_(0, chosen, copy);
+                }
+            }
         }
     }
 
@@ -148,14 +173,21 @@ impl Optimizer {
         self.steps
     }
 
-    /// What is remembered of one bucket: which number, of which elements of this rank's own part.
-    pub fn look(&self, bucket: usize) -> Vec<(What, Range<usize>, &Moment)> {
-        let each = |segment: &Segment| segment.own.clone();
+    /// What is remembered of one bucket: which number, of which elements of this rank's own part. Where only some may change, the
+    /// others' is 0.
+    pub fn look(&self, bucket: usize) -> Vec<(What, Range<usize>, Moment)> {
+        let each = |segment: &Segment, what, moment: &Moment| {
+            let seen = segment.chosen.as_ref().map_or_else(
+                || moment.shallow_clone(),
+                |chosen| moment.spread(&chosen.to_kind(Kind::Int64), segment.own.len() as i64),
+            );
+            (what, segment.own.clone(), seen)
+        };
         let all = self.state[bucket].iter().flat_map(|segment| match &segment.state {
             State::Moments { first, second } => {
-                vec![(What::First, each(segment), first), (What::Second, each(segment), second)]
+                vec![each(segment, What::First, first), each(segment, What::Second, second)]
             }
-            State::Velocity(velocity) => vec![(What::Velocity, each(segment), velocity)],
+            State::Velocity(velocity) => vec![each(segment, What::Velocity, velocity)],
             State::Nothing => Vec::new(),
         });
         all.collect()
@@ -164,13 +196,11 @@ impl Optimizer {
     /// As [`Self::look`], to be filled.
     pub fn remembered(&mut self, bucket: usize) -> Vec<Remembered<'_>> {
         let all = self.state[bucket].iter_mut().flat_map(|segment| {
-            let own = || segment.own.clone();
+            let (own, chosen) = (segment.own.clone(), segment.chosen.as_ref());
+            let each = |what, moment| Remembered { what, own: own.clone(), chosen, moment };
             match &mut segment.state {
-                State::Moments { first, second } => vec![
-                    Remembered { what: What::First, own: own(), moment: first },
-                    Remembered { what: What::Second, own: own(), moment: second },
-                ],
-                State::Velocity(velocity) => vec![Remembered { what: What::Velocity, own: own(), moment: velocity }],
+                State::Moments { first, second } => vec![each(What::First, first), each(What::Second, second)],
+                State::Velocity(velocity) => vec![each(What::Velocity, velocity)],
                 State::Nothing => Vec::new(),
             }
         });
@@ -183,6 +213,7 @@ impl Optimizer {
             State::Velocity(velocity) => velocity.bytes(),
             State::Nothing => 0,
         };
-        self.state.iter().flatten().map(each).sum()
+        let indices = |segment: &Segment| segment.chosen.as_ref().map_or(0, |chosen| 4 * chosen.numel());
+        self.state.iter().flatten().map(|segment| each(segment) + indices(segment)).sum()
     }
 }

@@ -1,9 +1,10 @@
 //! The values of one rank's parameters: flat buffers in the kind that the model computes in, and f32 master weights for the
-//! part that this rank owns.
+//! part that this rank owns. What is not trained is a tensor of its own, without a master.
 
 use tch::{Device, Kind, Tensor};
 
 use super::layout::Layout;
+use super::selection::Selection;
 use crate::abi::upload::upload_tensor;
 use crate::dist::Group;
 use crate::model::Weights;
@@ -19,6 +20,12 @@ pub struct Parameters {
     flat: Vec<Tensor>,
     /// This rank's own part of each bucket, f32.
     pub masters: Vec<Tensor>,
+    /// What is not trained, in the kind that the model computes in.
+    frozen: Vec<Tensor>,
+    /// Something of what is not trained is not what was read.
+    pub frozen_moved: bool,
+    /// Which weights of what is trained may change, where not all may.
+    pub selection: Option<Selection>,
 }
 
 impl Parameters {
@@ -53,8 +60,16 @@ impl Parameters {
                 flat.push(wide.to_kind(kind));
             }
         }
-        let weights = Weights::new(views(table, &layout, &flat));
-        Ok(Self { layout, weights, flat, masters })
+        let mut frozen = Vec::new();
+        for (id, param) in table.params.iter().enumerate().filter(|(id, _)| layout.places[*id].is_none()) {
+            let target = Tensor::empty(&param.shape, (kind, device));
+            for piece in &param.pieces {
+                fill(&target.narrow(0, piece.row, piece.size[0]), &source(id, piece)?);
+            }
+            frozen.push(target);
+        }
+        let weights = Weights::new(views(table, &layout, &flat, &frozen));
+        Ok(Self { layout, weights, flat, masters, frozen, frozen_moved: false, selection: None })
     }
 
     /// This rank's own part of the model's weights in bucket `index`, where those are not the masters themselves.
@@ -87,7 +102,7 @@ impl Parameters {
     /// Bytes of weights and of masters that are not the weights themselves.
     pub fn bytes(&self) -> (usize, usize) {
         let size = |t: &Tensor| t.numel() * t.kind().elt_size_in_bytes();
-        let weights = self.flat.iter().map(size).sum();
+        let weights = self.flat.iter().chain(&self.frozen).map(size).sum();
         let shared = self.flat.first().is_some_and(|flat| flat.kind() == Kind::Float);
         (weights, if shared { 0 } else { self.masters.iter().map(size).sum() })
     }
@@ -111,11 +126,14 @@ fn fill(target: &Tensor, source: &Tensor) {
     }
 }
 
-/// One view for each parameter of the table into `flat` (one buffer a bucket).
-pub fn views(table: &Table, layout: &Layout, flat: &[Tensor]) -> Vec<Tensor> {
-    let view = |(id, &(bucket, start)): (ParamId, &(usize, usize))| {
-        let param = &table.params[id];
-        flat[bucket].narrow(0, start as i64, param.num_elements()).view(param.shape.as_slice())
-    };
-    layout.places.iter().enumerate().map(view).collect()
+/// One tensor for each parameter of the table: a view into `flat` (one buffer a bucket), or the next of `frozen`.
+fn views(table: &Table, layout: &Layout, flat: &[Tensor], frozen: &[Tensor]) -> Vec<Tensor> {
+    let mut frozen = frozen.iter();
+    let each = layout.places.iter().zip(&table.params).map(|(place, param)| match place {
+        Some((bucket, start)) => {
+            flat[*bucket].narrow(0, *start as i64, param.num_elements()).view(param.shape.as_slice())
+        }
+        None => frozen.next().expect("invariant: one for each that is not trained").shallow_clone(),
+    });
+    each.collect()
 }

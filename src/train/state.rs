@@ -13,7 +13,7 @@ use crate::checkpoint::slices::Place;
 use crate::checkpoint::state::{Blocks, StateFiles, StateSlice, Target, What};
 use crate::dist::{Mesh, World};
 use crate::kernels::moment::{self, BLOCK, Moment};
-use crate::model::sharding::{Class, Param};
+use crate::model::sharding::{Param, Piece};
 
 impl Trainer {
     /// This rank's share of the state, copied to the host: all ranks' together hold every element once.
@@ -27,12 +27,13 @@ impl Trainer {
             if !sharded && index % mesh.dp != mesh.dp_rank() {
                 continue;
             }
+            let remembered = if optimizer { self.optimizer.look(index) } else { Vec::new() };
             for (id, range) in &bucket.params {
                 let param = &self.decoder.table.params[*id];
-                if is_replicated(param) && mesh.tp_rank() > 0 {
+                if param.class.is_replicated() && mesh.tp_rank() > 0 {
                     continue;
                 }
-                for (place, own) in owned(bucket, param, range) {
+                for (place, own) in bucket.runs(param, range) {
                     let weights = host(&self.parameters.masters[index], &own);
                     slices.push(StateSlice {
                         what: What::Weights,
@@ -40,13 +41,39 @@ impl Trainer {
                         values: weights,
                         blocks: None,
                     });
-                    if optimizer {
-                        self.remembered(index, &place, &own, &mut slices);
-                    }
+                    slices.extend(of_place(&remembered, &place, &own));
                 }
             }
         }
+        if self.parameters.frozen_moved && mesh.dp_rank() == 0 {
+            slices.extend(self.frozen(mesh));
+        }
         slices
+    }
+
+    /// What is not trained and is not what was read: this tensor-parallel rank's pieces.
+    fn frozen(&self, mesh: Mesh) -> Vec<StateSlice> {
+        let mut slices = Vec::new();
+        for (id, param) in self.frozen_params() {
+            for piece in &param.pieces {
+                if mesh.tp_rank() > 0 && piece.size == piece.shape {
+                    continue; // every tensor-parallel rank holds all of it
+                }
+                let part = self.parameters.weights.get(id).narrow(0, piece.row, piece.size[0]);
+                slices.push(StateSlice {
+                    what: What::Weights,
+                    place: whole_box(piece),
+                    values: part.reshape([-1]).to_device(Device::Cpu).copy(),
+                    blocks: None,
+                });
+            }
+        }
+        slices
+    }
+
+    fn frozen_params(&self) -> impl Iterator<Item = (usize, &Param)> {
+        let all = self.decoder.table.params.iter().enumerate();
+        all.filter(|(id, _)| self.parameters.layout.places[*id].is_none())
     }
 
     /// Bytes that [`Self::state`] would copy.
@@ -75,7 +102,7 @@ impl Trainer {
                 _ => Tensor::zeros([bucket.own.len() as i64], (Kind::Float, Device::Cpu)),
             };
             for (id, range) in &bucket.params {
-                for (place, own) in owned(bucket, &self.decoder.table.params[*id], range) {
+                for (place, own) in bucket.runs(&self.decoder.table.params[*id], range) {
                     let numbers = slice_mut::<f32>(&mut weights);
                     let mut target = Target { numbers, codes: &mut [], scales: &mut [], exact: false };
                     files.fill(What::Weights, &place, own.start, &mut target)?;
@@ -88,15 +115,29 @@ impl Trainer {
                 own.copy_(&self.parameters.masters[index]);
             }
             for segment in self.optimizer.remembered(index) {
-                let Remembered { what, own, moment } = segment;
-                if whats.contains(&what) {
-                    restore_moment(files, what, bucket, &self.decoder.table.params, &own, moment)?;
+                if whats.contains(&segment.what) {
+                    restore_moment(files, bucket, &self.decoder.table.params, segment)?;
                 }
             }
         }
         for index in (0..self.parameters.layout.buckets.len()).rev() {
             self.parameters.gather(index, &world.dp);
         }
+        let known = files.tensors();
+        let mut moved = false;
+        for (id, param) in self.frozen_params() {
+            for piece in param.pieces.iter().filter(|piece| known.contains_key(piece.name.as_str())) {
+                let place = whole_box(piece);
+                let mut values = Tensor::zeros([place.len], (Kind::Float, Device::Cpu));
+                let numbers = slice_mut::<f32>(&mut values);
+                let mut target = Target { numbers, codes: &mut [], scales: &mut [], exact: false };
+                files.fill(What::Weights, &place, 0, &mut target)?;
+                let mut part = self.parameters.weights.get(id).narrow(0, piece.row, piece.size[0]);
+                part.copy_(&values.view(piece.size.as_slice()));
+                moved = true;
+            }
+        }
+        self.parameters.frozen_moved |= moved;
         self.optimizer.set_steps(optimizer_steps);
         Ok(())
     }
@@ -104,34 +145,47 @@ impl Trainer {
     fn is_sharded(&self) -> bool {
         self.parameters.layout.buckets.iter().any(|bucket| bucket.own.len() < bucket.len)
     }
+}
 
-    /// What the optimizer remembers of one place of a bucket; `own`: where it lies in this rank's part.
-    fn remembered(&self, bucket: usize, place: &Place, own: &Range<usize>, slices: &mut Vec<StateSlice>) {
-        for (what, segment, moment) in self.optimizer.look(bucket) {
-            if own.start < segment.start || own.end > segment.end {
-                continue; // a place never crosses from one segment to another
-            }
-            let at = own.start - segment.start..own.end - segment.start;
-            let blocks = moment.scales.as_ref().map(|scales| {
-                let touched = at.start / BLOCK..at.end.div_ceil(BLOCK);
-                Blocks { scales: host(scales, &touched), phase: at.start % BLOCK }
-            });
-            slices.push(StateSlice { what, place: place.clone(), values: host(&moment.values, &at), blocks });
-        }
+/// A piece as one run.
+fn whole_box(piece: &Piece) -> Place {
+    Place {
+        tensor: piece.name.clone(),
+        shape: piece.shape.clone(),
+        offset: piece.offset.clone(),
+        size: piece.size.clone(),
+        start: 0,
+        len: piece.size.iter().product(),
     }
+}
+
+/// What the optimizer remembers of one place of a bucket; `own`: where it lies in this rank's part.
+fn of_place(remembered: &[(What, Range<usize>, Moment)], place: &Place, own: &Range<usize>) -> Vec<StateSlice> {
+    let segments = remembered.iter().filter(|(_, segment, _)| {
+        // a place never crosses from one segment to another
+        segment.start <= own.start && own.end <= segment.end
+    });
+    let slices = segments.map(|(what, segment, moment)| {
+        let at = own.start - segment.start..own.end - segment.start;
+        let blocks = moment.scales.as_ref().map(|scales| {
+            let touched = at.start / BLOCK..at.end.div_ceil(BLOCK);
+            Blocks { scales: host(scales, &touched), phase: at.start % BLOCK }
+        });
+        StateSlice { what: *what, place: place.clone(), values: host(&moment.values, &at), blocks }
+    });
+    slices.collect()
 }
 
 /// Fills one segment's moment: exactly, codes included, where the files have cut the same blocks.
 fn restore_moment(
     files: &StateFiles,
-    what: What,
     bucket: &Bucket,
     params: &[Param],
-    segment: &Range<usize>,
-    moment: &mut Moment,
+    remembered: Remembered,
 ) -> Result<(), CheckpointError> {
+    let Remembered { what, own: segment, chosen, moment } = remembered;
     let len = segment.len();
-    let coded = moment.scales.is_some();
+    let coded = moment.scales.is_some() && chosen.is_none();
     let mut numbers = Tensor::zeros([len as i64], (Kind::Float, Device::Cpu));
     // what lies between parameters is in no file, and is 0
     let zero = i64::from(moment::zero(moment.codes));
@@ -145,7 +199,7 @@ fn restore_moment(
         exact: coded,
     };
     for (id, range) in &bucket.params {
-        for (place, own) in owned(bucket, &params[*id], range) {
+        for (place, own) in bucket.runs(&params[*id], range) {
             if segment.start <= own.start && own.end <= segment.end {
                 files.fill(what, &place, own.start - segment.start, &mut target)?;
             }
@@ -156,38 +210,13 @@ fn restore_moment(
             moment.values.copy_(&codes);
             old.copy_(&scales);
         }
-        _ => moment.write(&numbers.to_device(moment.values.device())),
+        _ => {
+            let numbers = numbers.to_device(moment.values.device());
+            let chosen = chosen.map(|chosen| numbers.index_select(0, &chosen.to_kind(Kind::Int64)));
+            moment.write(&chosen.unwrap_or(numbers));
+        }
     }
     Ok(())
-}
-
-/// The runs of a parameter that this rank owns: what they are, and where they lie in its own part of the bucket.
-fn owned(bucket: &Bucket, param: &Param, range: &Range<usize>) -> Vec<(Place, Range<usize>)> {
-    let columns = param.shape.get(1).copied().unwrap_or(1);
-    let pieces = param.pieces.iter().filter_map(|piece| {
-        let first = range.start + (piece.row * columns) as usize;
-        let len: i64 = piece.size.iter().product();
-        let own = bucket.owned(&(first..first + len as usize));
-        let start = bucket.own.start + own.start;
-        (!own.is_empty()).then(|| {
-            let place = Place {
-                tensor: piece.name.clone(),
-                shape: piece.shape.clone(),
-                offset: piece.offset.clone(),
-                size: piece.size.clone(),
-                start: (start - first) as i64,
-                len: own.len() as i64,
-            };
-            (place, own)
-        })
-    });
-    pieces.collect()
-}
-
-fn is_replicated(param: &Param) -> bool {
-    // of what is not trained the class does not say; with one tensor-parallel rank it does not matter
-    let whole = || param.pieces.iter().all(|piece| piece.size == piece.shape);
-    matches!(param.class, Class::Vector | Class::PartialVector) || (param.class == Class::Frozen && whole())
 }
 
 /// A run of a flat tensor, as a tensor of its own on the host.

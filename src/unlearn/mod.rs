@@ -22,6 +22,7 @@ mod toy;
 mod weighted;
 mod wga;
 
+pub use nll::NegativeLogLikelihood;
 pub use registry::{Entry, Listed, Needs, RETAIN_TERMS, RetainEntry, list};
 
 use crate::config;

@@ -256,7 +256,7 @@ fn rank(
         Vec::new()
     } else {
         boxes(&trainer, |id| {
-            let (bucket, start) = trainer.parameters.layout.places[id];
+            let (bucket, start) = trainer.parameters.layout.places[id].expect("it is trained");
             buckets[bucket].narrow(0, start as i64, trainer.decoder.table.params[id].num_elements())
         })
     };

@@ -13,6 +13,7 @@ mod program;
 mod recipes;
 mod resume;
 mod runs;
+mod scopes;
 mod structure;
 mod tiny;
 mod toy_head;

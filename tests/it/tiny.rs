@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use dunlearn::dist::World;
 use dunlearn::model::init::{self, Stream};
-use dunlearn::model::sharding::{Piece, Table};
+use dunlearn::model::sharding::{self, Piece, Table};
 use dunlearn::model::{Architecture, Decoder, LogitsPool, families};
 use dunlearn::telemetry::Clock;
 use dunlearn::train::{Layout, Parameters};
@@ -64,7 +64,7 @@ pub fn model_from(
     model_training(arch, world, spread, kind, &["*".to_owned()], source)
 }
 
-/// As [`model_from`] with only some tensors trained.
+/// As [`model_from`] with only the tensors trained that match a pattern.
 pub fn model_training(
     arch: &Architecture,
     world: &World,
@@ -74,7 +74,8 @@ pub fn model_training(
     source: impl Fn(&Piece) -> Tensor,
 ) -> (Decoder, Parameters) {
     let mut table = Table::new(arch, world.mesh.tp, world.mesh.tp_rank(), spread.sequence_parallel).unwrap();
-    table.train_only(trained).unwrap();
+    let named = |name: &str| trained.iter().any(|pattern| sharding::matches(pattern, name));
+    table.freeze(|param| param.pieces.iter().any(|piece| named(&piece.name)));
     let (owners, owner) = if spread.zero { (world.mesh.dp, world.mesh.dp_rank()) } else { (1, 0) };
     let layout = Layout::new(&table, spread.bucket_elements, owners, owner);
     let source = |_, piece: &Piece| Ok::<_, std::convert::Infallible>(source(piece));
