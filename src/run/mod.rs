@@ -300,9 +300,9 @@ fn intervene(
     world: &World,
 ) -> Result<(), RunError> {
     scope::intervene(trainer, config, world)?;
-    if let Some(lora) = config.scope.lora.as_ref().filter(|lora| lora.init == config::LoraInit::Fila) {
+    if config.scope.lora.as_ref().is_some_and(|lora| lora.init == config::LoraInit::Fila) {
         let (whole, sets) = (inputs.table(config, world)?, inputs.scored(config));
-        scope::fila(trainer, config, lora, names, whole, |table| inputs::layout_of(table, config, world), sets, world)?;
+        scope::fila(trainer, config, names, whole, |table| inputs::layout_of(table, config, world), sets, world)?;
     }
     Ok(())
 }

@@ -13,11 +13,6 @@ use crate::dist::World;
 use crate::model::init::Stream;
 use crate::train::Trainer;
 
-/// Whether something is changed that is not trained.
-pub fn moves_what_is_frozen(config: &Config) -> bool {
-    config.before.blend.is_some()
-}
-
 /// Does what `[before]` says, in its order. All ranks call it, before the first step.
 ///
 /// # Errors

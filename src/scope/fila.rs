@@ -22,13 +22,13 @@ use crate::train::{GradientBuffers, GradientOptions, Layout, Trainer};
 pub fn fila(
     trainer: &mut Trainer,
     config: &Config,
-    lora: &Lora,
     names: &[String],
     mut whole: Table,
     layout: impl Fn(&Table) -> Layout,
     sets: Sets,
     world: &World,
 ) -> Result<(), ScopeError> {
+    let lora = config.scope.lora.as_ref().expect("invariant: there are adapters");
     whole.freeze(|param| param.pieces.iter().any(|piece| names.contains(&piece.name)));
     let layout = layout(&whole);
     let importance = importance(trainer, lora, names, &whole, &layout, sets, world)?;

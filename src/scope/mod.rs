@@ -14,7 +14,7 @@ mod names;
 mod score;
 mod top;
 
-pub use before::{intervene, moves_what_is_frozen};
+pub use before::intervene;
 pub use error::ScopeError;
 pub use fila::fila;
 pub use gradient::Look;
@@ -119,9 +119,8 @@ fn chosen(
         0 => sets.forget.set.samples.len().min(look.set.samples.len()),
         n => n.min(look.set.samples.len()),
     };
-    let sized = |look: Look| -> _ { samples(look) };
-    let forget = Look { samples: sized(sets.forget), ..sets.forget };
-    let retain = sets.retain.map(|look| Look { samples: sized(look), ..look });
+    let forget = Look { samples: samples(sets.forget), ..sets.forget };
+    let retain = sets.retain.map(|look| Look { samples: samples(look), ..look });
     let inputs = Inputs { config: mask, forget, retain, seed: config.run.seed, batch: config.train.global_batch };
     let (unit, among) = (mask.unit.unwrap_or_default(), mask.among.unwrap_or_default());
     let fraction = mask.fraction.unwrap_or(Mask::FRACTION);

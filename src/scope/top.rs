@@ -86,7 +86,7 @@ mod tests {
         for modulus in [3, 1000, u64::MAX] {
             let stream = Stream::new(modulus, "keys");
             let pairs: Vec<(u32, u64)> =
-                (0..5000).map(|i| ((stream.bits(i) % modulus >> 20) as u32, i * 77_777_777 % (1 << 44))).collect();
+                (0..5000).map(|i| (((stream.bits(i) % modulus) >> 20) as u32, i * 77_777_777 % (1 << 44))).collect();
             let mut sorted = pairs.clone();
             sorted.sort_by_key(|&(key, id)| (std::cmp::Reverse(key), id));
             for count in [0, 1, 2, 499, 2500, 4999, 5000] {

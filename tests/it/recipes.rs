@@ -97,6 +97,7 @@ fn recipes_are_complete_and_sourced() {
 #[test]
 fn the_lists_of_methods_agree() {
     let (readme, docs, lists) = (read("README.md"), read("docs/methods.md"), lists());
+    let in_one_line = docs.split_whitespace().collect::<Vec<_>>().join(" ");
     let link = |source: &str| match source.rsplit('/').next() {
         Some(number) if !source.is_empty() => format!("[{number}]({source})"),
         _ => String::new(),
@@ -110,7 +111,7 @@ fn the_lists_of_methods_agree() {
         for key in listed["keys"].as_array().unwrap() {
             let key = text(key);
             assert!(
-                key == "update = []" || docs.contains(&format!("`{key}`")),
+                key == "update = []" || in_one_line.contains(&format!("`{key}`")),
                 "docs/methods.md: {name} lacks `{key}`"
             );
         }

@@ -133,7 +133,7 @@ fn configurations_are_valid() {
         assert!(done.success, "{}", done.text);
         count += 1;
     }
-    assert!(count >= 29, "{count} configurations");
+    assert!(count >= 37, "{count} configurations");
 }
 
 /// The README's configuration is accepted, its links lead somewhere, and CI runs its test command.
@@ -147,7 +147,9 @@ fn the_readme_is_true() {
         let done = dunlearn(&["config", "show", path.to_str().unwrap()]);
         assert!(done.success, "{}", done.text);
     }
-    for page in ["README.md", "ARCHITECTURE.md", "docs/methods.md", "docs/performance.md", "docs/gpu.md"] {
+    for page in
+        ["README.md", "ARCHITECTURE.md", "docs/methods.md", "docs/scopes.md", "docs/performance.md", "docs/gpu.md"]
+    {
         let base = root().join(page);
         for link in read(page).split("](").skip(1) {
             let link = link.split(')').next().unwrap();
