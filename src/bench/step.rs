@@ -8,6 +8,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use super::rate::{matrix_rate, settle};
+use super::trace::Trace;
 use crate::abi::{driver, host};
 use crate::config;
 use crate::data::{self, Dataset, Order, Sample, Text};
@@ -36,6 +37,8 @@ pub struct StepBench {
     /// Share of a sample that is its answer.
     pub scored: f64,
     pub steps: usize,
+    /// Record one more step.
+    pub trace: bool,
 }
 
 /// Medians over the steps; the same on all ranks.
@@ -66,6 +69,9 @@ pub struct StepResult {
     pub threads: i32,
     pub ranks: usize,
     pub device: String,
+    /// One step of all ranks, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace: Option<Trace>,
 }
 
 /// Runs the steps. All ranks call it. With the groups of [`World::planned`] it times one rank of a mesh that is not there.
@@ -121,7 +127,16 @@ pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Re
         looked_at = (0..2).map(|_| run(&mut trainer)).collect();
     }
     let each = |x: f64| x / looked_at.len() as f64;
-    let time = |part: Part| each(trainer.decoder.clock.get(part).as_secs_f64());
+    let split_times: Vec<f64> = PARTS.iter().map(|&(part, _)| trainer.decoder.clock.get(part).as_secs_f64()).collect();
+    let trace = bench.trace.then(|| {
+        trainer.decoder.clock.settle_with(None);
+        trainer.decoder.clock.record();
+        trainer.gradients.record();
+        let start = Instant::now();
+        run(&mut trainer);
+        Trace::of(&trainer.decoder.clock.recorded(), &trainer.gradients.recorded(), start, world)
+    });
+    let time = |part: Part| each(split_times[part as usize]);
     let mut split: Vec<(String, f64)> = PARTS.iter().map(|&(part, name)| (name.to_owned(), time(part))).collect();
     let known: f64 = split.iter().map(|(_, seconds)| seconds).sum();
     split.push(("other".to_owned(), each(looked_at.iter().sum()) - known));
@@ -161,6 +176,7 @@ pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Re
         threads: tch::get_num_threads(),
         ranks,
         device: name(bench.device),
+        trace,
     })
 }
 
@@ -236,7 +252,7 @@ impl StepResult {
             } else {
                 String::new()
             }
-        )
+        ) + &self.trace.as_ref().map_or_else(String::new, Trace::text)
     }
 }
 

@@ -114,6 +114,8 @@ impl Reader {
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let read = |source| CheckpointError::Read { path: path.to_owned(), source };
         let map = Arc::new(map_file(&File::open(path).map_err(read)?).map_err(read)?);
+        // read from front to back; a system that cannot use the hint loses nothing
+        let _ = map.advise(memmap2::Advice::Sequential);
         let malformed = |reason: String| CheckpointError::Malformed { path: path.to_owned(), reason };
         let (length, header) = SafeTensors::read_metadata(&map)
             .map_err(|error| malformed(format!("is not a safetensors file: {error}")))?;

@@ -185,6 +185,9 @@ pub(super) struct StepBenchOptions {
     /// Threads of one rank; 0 means cores / ranks on the host
     #[arg(long, default_value_t = 0)]
     pub(super) threads: usize,
+    /// Write one more step as a timeline for chrome://tracing or Perfetto: computing, and gradient sums beside it
+    #[arg(long, value_name = "FILE")]
+    pub(super) trace: Option<PathBuf>,
 }
 
 /// What a benchmark runs and where.

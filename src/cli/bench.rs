@@ -26,6 +26,10 @@ fn step_on(ranks: &Ranks, options: &StepBenchOptions, launched: &Launched) -> an
     let load = &options.load;
     let result = tch::no_grad(|| bench::step(&bench, &world, |_| ()))?;
     if world.is_first() {
+        if let (Some(path), Some(trace)) = (&options.trace, &result.trace) {
+            let text = serde_json::to_string(&trace.events)?;
+            std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        }
         print_result(load, &result, &result.text())?;
     }
     Ok(())
@@ -35,6 +39,8 @@ pub(super) fn checkpoint(options: &CheckpointBenchOptions, launched: &Launched) 
     if launched.world > 1 {
         bail!("`bench checkpoint` measures one rank: start it alone, without a launcher");
     }
+    let folder = &options.folder;
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     with_ranks(launched, |ranks| {
         let (bench, world) = prepare(ranks, &options.step, launched)?;
         let result = tch::no_grad(|| bench::checkpoint(&bench, &options.folder, &world))?;
@@ -87,6 +93,7 @@ fn prepare(ranks: &Ranks, options: &StepBenchOptions, launched: &Launched) -> an
         length: load.length,
         scored: scored(load)?,
         steps: load.steps.max(1),
+        trace: options.trace.is_some(),
     };
     Ok((bench, world))
 }
@@ -126,6 +133,7 @@ fn rank_on(options: &RankBenchOptions) -> anyhow::Result<()> {
         length: load.length,
         scored: scored(load)?,
         steps: load.steps.max(1),
+        trace: false,
     };
     let rank = RankBench {
         mesh: Mesh { rank: options.as_rank, tp, dp },

@@ -27,6 +27,15 @@ pub const PARTS: [(Part, &str); 5] = [
 pub struct Clock {
     times: [Cell<Duration>; PARTS.len()],
     settle: RefCell<Option<Box<dyn Fn()>>>,
+    spans: RefCell<Option<Vec<Span>>>,
+}
+
+/// When a part ran.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    pub part: Part,
+    pub start: Instant,
+    pub end: Instant,
 }
 
 impl Clock {
@@ -36,8 +45,12 @@ impl Clock {
         let start = Instant::now();
         let result = body();
         self.settle();
+        let end = Instant::now();
         let cell = &self.times[part as usize];
-        cell.set(cell.get() + start.elapsed());
+        cell.set(cell.get() + (end - start));
+        if let Some(spans) = self.spans.borrow_mut().as_mut() {
+            spans.push(Span { part, start, end });
+        }
         result
     }
 
@@ -45,6 +58,16 @@ impl Clock {
     /// whole is slower. None: times are the host's.
     pub fn settle_with(&self, wait: Option<Box<dyn Fn()>>) {
         *self.settle.borrow_mut() = wait;
+    }
+
+    /// From now on notes when each part runs.
+    pub fn record(&self) {
+        *self.spans.borrow_mut() = Some(Vec::new());
+    }
+
+    /// What was noted since [`Self::record`], and no more from now on.
+    pub fn recorded(&self) -> Vec<Span> {
+        self.spans.borrow_mut().take().unwrap_or_default()
     }
 
     pub fn get(&self, part: Part) -> Duration {

@@ -6,7 +6,7 @@ mod log;
 mod metrics;
 mod table;
 
-pub use clock::{Clock, PARTS, Part};
+pub use clock::{Clock, PARTS, Part, Span};
 pub use console::{Console, Progress, ProgressMode};
 pub use log::{LogFile, LogFormat, start as start_log};
 pub use metrics::Metrics;

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 
@@ -54,11 +55,22 @@ pub struct GradientBuffers {
     started: usize,
     /// Sums that have ended and were not yet taken, then those under way, in the order of the buckets.
     summed: VecDeque<Tensor>,
-    under_way: VecDeque<Pending>,
+    under_way: VecDeque<(Pending, Instant)>,
     /// Most bytes that the buffers have held at once.
     peak: usize,
     /// Marks of what may change in this rank's own part of each bucket, where not all may.
     masks: Vec<Tensor>,
+    /// When sums were under way, where that is asked for.
+    flights: Option<Vec<Flight>>,
+}
+
+/// One bucket's sum over the data-parallel ranks, as the host saw it.
+#[derive(Clone, Copy, Debug)]
+pub struct Flight {
+    pub start: Instant,
+    /// The host began to wait for it: what was before was hidden behind other work.
+    pub waited: Instant,
+    pub end: Instant,
 }
 
 /// Sums under way at once; a transport may hold a copy of each bucket.
@@ -88,6 +100,7 @@ impl GradientBuffers {
             under_way: VecDeque::new(),
             peak: 0,
             masks: Vec::new(),
+            flights: None,
         };
         if !options.release {
             (0..layout.buckets.len()).for_each(|bucket| _ = buffers.flat(bucket));
@@ -141,7 +154,9 @@ impl GradientBuffers {
     pub fn finish(&mut self) -> Reduced {
         self.start_all();
         let mut own: Vec<Tensor> = std::mem::take(&mut self.summed).into();
-        own.extend(self.under_way.drain(..).map(Pending::wait));
+        while let Some(sum) = self.wait_oldest() {
+            own.push(sum);
+        }
         let own: Vec<Tensor> = own.into_iter().enumerate().map(|(bucket, sum)| self.masked(bucket, sum)).collect();
         let norm = self.norm(&own);
         Reduced { own, norm }
@@ -154,7 +169,7 @@ impl GradientBuffers {
         let bucket = self.started - self.summed.len() - self.under_way.len();
         let sum = match self.summed.pop_front() {
             Some(sum) => sum,
-            None if all => self.under_way.pop_front()?.wait(),
+            None if all => self.wait_oldest()?,
             None => return None,
         };
         if self.options.release {
@@ -212,7 +227,8 @@ impl GradientBuffers {
         let index = self.started;
         if self.under_way.len() == MAX_UNDER_WAY {
             // every rank waits here for the same bucket, after having started it
-            self.summed.extend(self.under_way.pop_front().map(Pending::wait));
+            let sum = self.wait_oldest();
+            self.summed.extend(sum);
         }
         for (id, _) in self.layout.buckets[index].params.clone() {
             if !self.touched[id] {
@@ -229,6 +245,7 @@ impl GradientBuffers {
                 self.tp.all_reduce(&mut partial, Reduce::Sum);
             }
         }
+        let start = Instant::now();
         let sent = if self.dp.size() > 1 { flat.to_kind(self.options.reduce) } else { flat };
         let pending = if self.sharded {
             // the sum takes the place of this rank's own share of it
@@ -238,11 +255,33 @@ impl GradientBuffers {
             self.dp.all_reduce(&mut sum, Reduce::Sum);
             Pending::done(sum)
         };
-        self.under_way.push_back(pending);
+        self.under_way.push_back((pending, start));
         self.started += 1;
         if self.dp.size() == 1 {
-            self.summed.extend(self.under_way.pop_front().map(Pending::wait));
+            let sum = self.wait_oldest();
+            self.summed.extend(sum);
         }
+    }
+
+    /// Waits for the oldest sum under way.
+    fn wait_oldest(&mut self) -> Option<Tensor> {
+        let (pending, start) = self.under_way.pop_front()?;
+        let waited = Instant::now();
+        let sum = pending.wait();
+        if let Some(flights) = &mut self.flights {
+            flights.push(Flight { start, waited, end: Instant::now() });
+        }
+        Some(sum)
+    }
+
+    /// From now on notes when sums are under way.
+    pub fn record(&mut self) {
+        self.flights = Some(Vec::new());
+    }
+
+    /// What was noted since [`Self::record`], and no more from now on.
+    pub fn recorded(&mut self) -> Vec<Flight> {
+        self.flights.take().unwrap_or_default()
     }
 
     /// Sum of squares over what each rank owns; what is the same on all tensor-parallel ranks is counted by the first.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use dunlearn::bench::{StepBench, step, summarise};
 use dunlearn::config;
 use dunlearn::dist::planned::Record;
-use dunlearn::dist::{Mesh, World};
+use dunlearn::dist::{Mesh, World, run_threads};
 use dunlearn::model::architecture::Packing;
 use dunlearn::model::{Architecture, Rope, Scaling};
 use tch::Device;
@@ -35,11 +35,9 @@ fn architecture() -> Architecture {
     }
 }
 
-/// Bytes of the tensors of one step by axis and operation, and calls.
-fn traffic(mesh: Mesh, sequence_parallel: bool, zero: bool) -> BTreeMap<(&'static str, &'static str), (usize, f64)> {
-    let record = Record::default();
-    let world = World::planned(mesh, &record);
-    let bench = StepBench {
+/// A step of a small model.
+fn bench(mesh: Mesh, sequence_parallel: bool, zero: bool) -> StepBench {
+    StepBench {
         arch: architecture(),
         parallel: config::Parallel { tp: mesh.tp, sequence_parallel, zero, ..config::Parallel::default() },
         train: config::Train {
@@ -67,7 +65,15 @@ fn traffic(mesh: Mesh, sequence_parallel: bool, zero: bool) -> BTreeMap<(&'stati
         length: 32,
         scored: 1.0,
         steps: 1,
-    };
+        trace: false,
+    }
+}
+
+/// Bytes of the tensors of one step by axis and operation, and calls.
+fn traffic(mesh: Mesh, sequence_parallel: bool, zero: bool) -> BTreeMap<(&'static str, &'static str), (usize, f64)> {
+    let record = Record::default();
+    let world = World::planned(mesh, &record);
+    let bench = bench(mesh, sequence_parallel, zero);
     let mut calls = Vec::new();
     tch::no_grad(|| step(&bench, &world, |_| calls = record.take())).unwrap();
     // the steps before are in the record of the first step that counts; all are alike but for their lengths, so divide
@@ -110,5 +116,35 @@ fn data_parallel_traffic_is_the_parameters_once_down_and_once_up() {
         let plain = traffic(Mesh { rank: 0, tp, dp: 2 }, false, false);
         let (_, bytes) = plain[&("dp", "all-reduce")];
         assert!((bytes / (4.0 * each) - 1.0).abs() < 0.02, "{bytes} of {}", 4.0 * each);
+    }
+}
+
+/// A timeline has every rank's parts and each of its gradient sums, under way before it is waited for.
+#[test]
+fn a_timeline_shows_computing_and_sums() {
+    let traces = run_threads(1, 2, |world| {
+        let mut bench = StepBench { trace: true, ..bench(world.mesh, false, true) };
+        bench.parallel.bucket_mib = 0.1;
+        tch::no_grad(|| step(&bench, &world, |_| ())).unwrap().trace.unwrap()
+    });
+    assert_eq!(traces[0].events, traces[1].events);
+    let of = |rank: i64, tracks: &[i64]| -> Vec<(String, f64, f64)> {
+        let mine = traces[0].events.iter().filter(|event| event["ph"] == "X" && event["pid"] == rank);
+        let mine = mine.filter(|event| tracks.contains(&event["tid"].as_i64().unwrap()));
+        let number = |event: &serde_json::Value, key: &str| event[key].as_f64().unwrap();
+        mine.map(|e| (e["name"].as_str().unwrap().to_owned(), number(e, "ts"), number(e, "dur"))).collect()
+    };
+    for rank in 0..2 {
+        let parts = of(rank, &[0]);
+        assert_eq!(parts.iter().filter(|(name, ..)| name == "attention").count(), 2 * LAYERS, "forward and backward");
+        let (under_way, waited) = (of(rank, &[1, 3]), of(rank, &[2]));
+        // two half blocks a layer at most, with embedding and head
+        assert!((LAYERS..=2 * LAYERS + 2).contains(&waited.len()) && waited.len() == under_way.len());
+        for ((name, start, lasts), (other, wait, _)) in under_way.iter().zip(&waited) {
+            assert!(name == other && (start + lasts - wait).abs() < 1.0, "{name}: {start} + {lasts}, {wait}");
+        }
+        // the first sum starts while backward still runs
+        let last_part = parts.iter().filter(|(name, ..)| name == "attention").map(|(_, at, _)| *at).fold(0.0, f64::max);
+        assert!(under_way[0].1 < last_part, "{under_way:?} {last_part}");
     }
 }
