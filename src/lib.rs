@@ -15,3 +15,4 @@ pub mod run;
 pub mod telemetry;
 pub mod train;
 pub mod unlearn;
+pub mod weights;
