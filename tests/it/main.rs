@@ -16,4 +16,5 @@ mod runs;
 mod structure;
 mod tiny;
 mod toy_head;
+mod weights;
 mod without_mpi;
