@@ -16,3 +16,4 @@ pub mod scope;
 pub mod telemetry;
 pub mod train;
 pub mod unlearn;
+pub mod weights;

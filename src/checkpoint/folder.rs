@@ -12,7 +12,7 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::CheckpointError;
-use super::tensor_file::kind;
+use super::tensor_file::{Spec, kind};
 use crate::abi::storage::{map_file, map_tensor};
 use crate::model::sharding::{Piece, Table};
 
@@ -91,7 +91,7 @@ impl Folder {
 
     /// A read-only tensor over one box of a stored tensor, in its stored kind; nothing is read until it is used.
     pub fn slice(&self, piece: &Piece) -> Result<Tensor, CheckpointError> {
-        let entry = self.entries.get(&piece.name).expect("invariant: `check` has found every tensor");
+        let entry = self.entries.get(&piece.name).expect("invariant: the tensor was looked up before");
         let file = &self.files[entry.file];
         let refuse =
             |reason: String| CheckpointError::Tensor { path: file.path.clone(), name: piece.name.clone(), reason };
@@ -118,8 +118,41 @@ impl Folder {
             let reason = format!("expected {shape:?}, found {found}");
             return Err(CheckpointError::Tensor { path: self.path.clone(), name: name.to_owned(), reason });
         }
-        let (offset, size) = (vec![0; shape.len()], shape.to_vec());
-        self.slice(&Piece { name: name.to_owned(), shape: size.clone(), offset, size, row: 0 })
+        self.tensor(name)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Every stored tensor, in the order of the files and of their bytes.
+    ///
+    /// # Errors
+    /// A tensor of a type that is not used here.
+    pub fn specs(&self) -> Result<Vec<Spec>, CheckpointError> {
+        let mut entries: Vec<(&String, &Entry)> = self.entries.iter().collect();
+        entries.sort_by_key(|(name, entry)| (entry.file, entry.offset, *name));
+        let spec = |(name, entry): (&String, &Entry)| {
+            let kind = kind(entry.dtype).ok_or_else(|| CheckpointError::Tensor {
+                path: self.files[entry.file].path.clone(),
+                name: name.clone(),
+                reason: format!("is stored as {:?}, expected BF16, F16 or F32", entry.dtype),
+            })?;
+            Ok(Spec { name: name.clone(), kind, shape: entry.shape.clone() })
+        };
+        entries.into_iter().map(spec).collect()
+    }
+
+    /// Shape of a stored tensor and the file that holds it.
+    pub fn find(&self, name: &str) -> Option<(&[i64], &Path)> {
+        let entry = self.entries.get(name)?;
+        Some((&entry.shape, &self.files[entry.file].path))
+    }
+
+    /// A read-only tensor over a whole stored tensor that is there (see [`Self::find`]), in its stored kind.
+    pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
+        let shape = self.entries.get(name).map(|entry| entry.shape.clone()).unwrap_or_default();
+        self.slice(&Piece { name: name.to_owned(), offset: vec![0; shape.len()], size: shape.clone(), shape, row: 0 })
     }
 
     /// The kind that holds most of the weights.

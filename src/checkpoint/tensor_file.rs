@@ -55,25 +55,12 @@ impl Writer {
     ///
     /// `metadata`: text for the header. Keys are written in the order given, so equal input makes equal bytes.
     pub fn create(path: &Path, specs: &[Spec], metadata: &[(&str, &str)]) -> Result<Self, CheckpointError> {
-        let mut header = Map::new();
-        let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value)));
-        header.insert("__metadata__".to_owned(), Value::Object(metadata.collect()));
-        let mut offset = 0;
-        for spec in specs {
-            let end = offset + spec.bytes();
-            let entry = json!({ "dtype": dtype(spec.kind), "shape": spec.shape, "data_offsets": [offset, end] });
-            header.insert(spec.name.clone(), entry);
-            offset = end;
-        }
-        let mut header = Value::Object(header).to_string();
-        // tensors start at a multiple of 8
-        header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+        let (head, missing) = head(specs, metadata);
         let temporary = path.with_extension("safetensors.partial");
         let write = |source| CheckpointError::Write { path: temporary.clone(), source };
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(write)?);
-        let head = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
         file.write_all(&head).map_err(write)?;
-        Ok(Self { path: path.to_owned(), temporary, file, missing: offset, head })
+        Ok(Self { path: path.to_owned(), temporary, file, missing, head })
     }
 
     /// Appends a contiguous tensor, or a part of one.
@@ -100,6 +87,24 @@ impl Writer {
         file.sync_all().map_err(write)?;
         std::fs::rename(&self.temporary, &self.path).map_err(write)
     }
+}
+
+/// The bytes of a file before its tensors, which then follow in this order without gaps, and how many bytes those have.
+pub(super) fn head(specs: &[Spec], metadata: &[(&str, &str)]) -> (Vec<u8>, usize) {
+    let mut header = Map::new();
+    let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value)));
+    header.insert("__metadata__".to_owned(), Value::Object(metadata.collect()));
+    let mut offset = 0;
+    for spec in specs {
+        let end = offset + spec.bytes();
+        let entry = json!({ "dtype": dtype(spec.kind), "shape": spec.shape, "data_offsets": [offset, end] });
+        header.insert(spec.name.clone(), entry);
+        offset = end;
+    }
+    let mut header = Value::Object(header).to_string();
+    // tensors start at a multiple of 8
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+    ([&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat(), offset)
 }
 
 /// A file of our own, open for reading.

@@ -50,6 +50,11 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: CheckpointVerb,
     },
+    /// Add, subtract and mix models and task matrices; under a launcher the ranks share the matrices
+    Weights {
+        #[command(subcommand)]
+        verb: super::weights::WeightsVerb,
+    },
     /// Make data
     Data {
         #[command(subcommand)]
@@ -250,7 +255,7 @@ pub(super) enum CheckpointVerb {
 }
 
 /// Bytes of `5GB`, `500MiB` or plain bytes.
-fn size(text: &str) -> Result<usize, String> {
+pub(super) fn size(text: &str) -> Result<usize, String> {
     let at = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
     let factor = match unit.trim().to_ascii_lowercase().as_str() {
@@ -324,7 +329,7 @@ pub(super) struct RankBenchOptions {
 }
 
 /// A word of the configuration language.
-fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(super) fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(serde_json::Value::from(text)).map_err(|error| error.to_string())
 }
 

@@ -13,6 +13,7 @@ mod ending;
 mod launch;
 mod methods;
 mod run;
+mod weights;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -64,6 +65,7 @@ pub fn main() -> ExitCode {
         Some(Verb::Check(options)) => check::check(&options, &launched),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
+        Some(Verb::Weights { verb }) => weights::weights(&verb, &launched),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
     };
     match result {

@@ -17,4 +17,5 @@ mod scopes;
 mod structure;
 mod tiny;
 mod toy_head;
+mod weights;
 mod without_mpi;

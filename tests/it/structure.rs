@@ -147,9 +147,16 @@ fn the_readme_is_true() {
         let done = dunlearn(&["config", "show", path.to_str().unwrap()]);
         assert!(done.success, "{}", done.text);
     }
-    for page in
-        ["README.md", "ARCHITECTURE.md", "docs/methods.md", "docs/scopes.md", "docs/performance.md", "docs/gpu.md"]
-    {
+    for page in [
+        "README.md",
+        "ARCHITECTURE.md",
+        "docs/methods.md",
+        "docs/scopes.md",
+        "docs/weights.md",
+        "docs/checkpoints.md",
+        "docs/performance.md",
+        "docs/gpu.md",
+    ] {
         let base = root().join(page);
         for link in read(page).split("](").skip(1) {
             let link = link.split(')').next().unwrap();
