@@ -68,6 +68,12 @@ impl Journal<'_> {
         self.progress.advance(1, &format!("loss {:.4}  grad {:.2e}", losses.total, report.grad_norm));
         Ok(())
     }
+
+    /// What was done since the last step belongs to no step.
+    pub(super) fn between_steps(&mut self, world: &World) {
+        self.told = Instant::now();
+        self.comm_seconds = comm_seconds(world);
+    }
 }
 
 /// Seconds that this rank has spent in collectives.

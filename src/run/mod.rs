@@ -210,7 +210,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
             let scores = evaluate(config, &inputs, &trainer, forward, world, console);
             journal.metrics.write(&json!({ "step": step + 1, "eval": scores }))?;
             evaluations.during.push((step + 1, scores));
-            journal.told = Instant::now();
+            journal.between_steps(world);
         }
         strike_if(wish.save, *fault, Phase::Save, world)?;
         if saver.act(wish, &trainer, step + 1, world)? == Next::Stop {
