@@ -3,7 +3,9 @@
 mod error;
 mod likelihood;
 pub mod record;
+pub mod scores;
 
 pub use error::EvalError;
-pub use likelihood::{ForwardOptions, LikelihoodScores, SampleScore, per_sample, summarise};
+pub use likelihood::{LikelihoodScores, per_sample, summarise};
 pub use record::{Better, Curve, Evaluation, Item, Metric, ModelFacts};
+pub use scores::{Asked, ForwardOptions, Text, TextScore};
