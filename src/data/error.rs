@@ -10,8 +10,17 @@ pub enum DataError {
     #[error("cannot read {}: {source}{hint}", path.display())]
     Read { path: PathBuf, source: io::Error, hint: String },
 
-    #[error("{} is {found}, expected a file with one JSON object a line{hint}", path.display())]
+    #[error("{} is {found}, expected JSON lines, a JSON array, Parquet or a folder of such files{hint}", path.display())]
     NotJsonLines { path: PathBuf, found: &'static str, hint: String },
+
+    #[error("{} is no Parquet file that can be read: {reason}", path.display())]
+    Parquet { path: PathBuf, reason: String },
+
+    #[error("no split {split:?}: {} is {found}: write split = \"...\" with one of them", path.display())]
+    Split { path: PathBuf, split: String, found: String },
+
+    #[error("no {name}.jsonl, {name}.json, {name}.parquet or folder {name} in {}{hint}", folder.display())]
+    NoSet { folder: PathBuf, name: String, hint: String },
 
     #[error("{}:{line}: byte {byte} of the line is not UTF-8", path.display())]
     Utf8 { path: PathBuf, line: usize, byte: usize },

@@ -188,6 +188,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     };
     // a GPU works while the host prepares the next step: its numbers are read one step late, unless the next step needs them
     let late = usize::from(context.device != Device::Cpu && trainer.method.dual.is_none());
+    let every = config.eval.every.steps(per_epoch);
     let mut open = VecDeque::new();
     journal.progress.advance(first as u64, "");
     for step in first..steps {
@@ -197,7 +198,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         let work = batches.step(step, world.mesh);
         let launched = trainer.launch(step, &work, known, world);
         open.push_back((step, work, launched));
-        let evaluated = config.eval.every > 0 && (step + 1) % config.eval.every == 0 && step + 1 < steps;
+        let evaluated = every > 0 && (step + 1) % every == 0 && step + 1 < steps;
         let last = step + 1 == steps;
         // nothing is saved of a step whose numbers are not known to be numbers
         let wish = saver.ask(step + 1, steps, world);
@@ -454,13 +455,13 @@ fn evaluate(
     };
     let total: usize = sets.iter().map(|(_, set)| chosen(set).div_ceil(world.mesh.dp)).sum();
     let mut bar = console.progress("evaluation", total as u64, "samples");
-    let weights = &trainer.parameters.weights;
+    let (decoder, weights) = (&trainer.decoder, &trainer.parameters.weights);
+    let model = eval::Asked { decoder, weights, world, forward };
     sets.into_iter()
         .map(|(name, set)| {
-            let samples: Vec<usize> = (0..chosen(set)).collect();
             let advance = |n: usize| bar.advance(n as u64, name);
-            let scores = eval::per_sample(&trainer.decoder, weights, set, &samples, forward, world, advance);
-            (name.to_owned(), eval::summarise(&scores))
+            let scores = eval::per_sample(model, set, advance);
+            (name.to_owned(), eval::summarise(&scores[..chosen(set)]))
         })
         .collect()
 }
