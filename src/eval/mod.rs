@@ -4,6 +4,8 @@ mod error;
 mod likelihood;
 pub mod record;
 pub mod scores;
+pub mod statistics;
+pub mod text;
 
 pub use error::EvalError;
 pub use likelihood::{LikelihoodScores, per_sample, summarise};
