@@ -113,7 +113,10 @@ impl Suite for MiaSuite {
             self.auc(REFERENCE, out);
         }
         let Some(retrained) = &others.retrained else {
-            out.warn("mia.priv_leak was not computed: it needs eval.retrained, a model that never saw the forget data".into());
+            out.warn(
+                "mia.priv_leak was not computed: it needs eval.retrained, a model that never saw the forget data"
+                    .into(),
+            );
             return;
         };
         let attacks = OWN.iter().copied().chain(self.has_reference.then_some(REFERENCE));

@@ -20,7 +20,7 @@ use std::time::Instant;
 use super::error::EvalError;
 use super::record::{Evaluation, FORMAT, ModelFacts};
 use super::scores::{Asked, Floor};
-use crate::config::{Config, Eval, EvalCompat, SuiteName};
+use crate::config::{Config, Eval, SuiteName};
 use crate::data::{Dataset, Encoder};
 use crate::telemetry::Console;
 
@@ -72,7 +72,6 @@ struct Reading<'a> {
     encoder: &'a Encoder,
     max_length: usize,
     floor: Floor,
-    compat: Option<EvalCompat>,
 }
 
 impl Suites {
@@ -83,7 +82,7 @@ impl Suites {
     pub fn read(config: &Config, encoder: &Encoder, sets: &[(&'static str, &Dataset)]) -> Result<Self, EvalError> {
         let eval = &config.eval;
         let floor = if eval.compat.is_some() { Floor::OneToken } else { Floor::Zero };
-        let reading = Reading { encoder, max_length: config.data.max_length, floor, compat: eval.compat };
+        let reading = Reading { encoder, max_length: config.data.max_length, floor };
         let mut suites: Vec<Box<dyn Suite>> = Vec::new();
         if !sets.is_empty() {
             suites.push(Box::new(likelihood::Likelihood::new(sets, eval.max_samples, reading)));
@@ -116,7 +115,8 @@ impl Suites {
     /// What an evaluation of the model with this digest is known by: the same digest, the same numbers.
     pub fn digest(&self, model: &str) -> String {
         let sets: Vec<String> = self.sets().into_iter().map(|(set, digest)| format!("{set} {digest}")).collect();
-        let parts = [model, self.precision, &self.template, &self.settings, &sets.join("\n"), env!("CARGO_PKG_VERSION")];
+        let parts =
+            [model, self.precision, &self.template, &self.settings, &sets.join("\n"), env!("CARGO_PKG_VERSION")];
         blake3::hash(parts.join("\n").as_bytes()).to_hex()[..32].to_owned()
     }
 

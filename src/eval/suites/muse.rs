@@ -36,10 +36,9 @@ impl MuseSuite {
     pub(super) fn read(config: &Muse, reading: Reading) -> Result<Self, EvalError> {
         let mut sets = Vec::new();
         if let Some(path) = &config.verbmem {
-            let row = |row: &Row| Ok((row.text("prompt", KIND)?, row.text("gt", KIND)?));
             let rows = read(path, config.limit)?;
             let entry = |(index, at): (usize, &Row)| {
-                let (prompt, answer) = row(at)?;
+                let (prompt, answer) = (at.text("prompt", KIND)?, at.text("gt", KIND)?);
                 entry(at, index, &prompt, prompt.clone(), answer, (VERBATIM_TOKENS, &[]), reading)
             };
             sets.push(Set::new("muse_verbmem", Better::Lower, rows.iter().enumerate().map(entry))?);

@@ -41,7 +41,12 @@ pub(super) fn spread(rows: Rows, limit: usize) -> Result<Vec<Row>, DataError> {
     }
     let count = rows.len();
     let chosen: Vec<usize> = (0..limit).map(|i| i * count / limit).collect();
-    Ok(rows.into_iter().enumerate().filter(|(index, _)| chosen.binary_search(index).is_ok()).map(|(_, row)| row).collect())
+    Ok(rows
+        .into_iter()
+        .enumerate()
+        .filter(|(index, _)| chosen.binary_search(index).is_ok())
+        .map(|(_, row)| row)
+        .collect())
 }
 
 /// The first `limit` rows; 0 means all.

@@ -59,6 +59,7 @@ impl<'a> Requests<'a> {
         console: &Console,
         seconds: &mut BTreeMap<String, f64>,
     ) -> Result<Seen<'a>, EvalError> {
+        self.check(model)?;
         let started = Instant::now();
         let dp = model.world.mesh.dp;
         let mut scores = HashMap::with_capacity(self.texts.len());
@@ -76,6 +77,27 @@ impl<'a> Requests<'a> {
         seconds.insert("scores".to_owned(), started.elapsed().as_secs_f64());
         let continuations = self.continuations(model, encoder, console, seconds)?;
         Ok(Seen { scores, continuations })
+    }
+
+    /// Refuses what the model has no tokens or positions for.
+    fn check(&self, model: Asked) -> Result<(), EvalError> {
+        let arch = &model.decoder.arch;
+        let texts = self.texts.iter().map(|(text, _)| text.tokens.as_slice());
+        let longest = texts.clone().map(<[i32]>::len).max().unwrap_or(0) as i64;
+        if arch.positions_are_hard() && longest > arch.max_positions {
+            return Err(EvalError::Refused(format!(
+                "evaluation: the longest text has {longest} tokens, the model was made for {}; set data.max_length",
+                arch.max_positions
+            )));
+        }
+        let mut all = texts.chain(self.prompts.iter().map(|prompt| prompt.tokens.as_slice())).flatten();
+        match all.find(|&&id| i64::from(id) >= arch.vocab) {
+            Some(id) => Err(EvalError::Refused(format!(
+                "evaluation: the tokenizer gives token {id}, the model's vocabulary has {} rows; they do not belong together",
+                arch.vocab
+            ))),
+            None => Ok(()),
+        }
     }
 
     fn continuations(

@@ -18,6 +18,7 @@ use crate::eval::text::{RougeTokens, fluency, rouge_l};
 
 const KIND: &str = "tofu";
 const FORGET: &str = "tofu_forget";
+const RETAIN: &str = "tofu_retain";
 
 /// The four sets.
 pub(super) struct TofuSuite {
@@ -48,7 +49,7 @@ impl TofuSuite {
         let forget = format!("{}_perturbed", config.forget);
         let files = [
             (FORGET, forget.as_str(), true),
-            ("tofu_retain", "retain_perturbed", true),
+            (RETAIN, "retain_perturbed", true),
             ("tofu_real_authors", "real_authors_perturbed", false),
             ("tofu_world_facts", "world_facts_perturbed", false),
         ];
@@ -78,7 +79,9 @@ impl Set {
             let expected = *wrong_of_first.get_or_insert(wrong.len());
             if wrong.len() != expected {
                 let expected = format!("{expected}, as in the first row: lists of unequal length cannot be compared");
-                return Err(row.wrong("\"perturbed_answer\"".into(), format!("a list of {}", wrong.len()), &expected).into());
+                return Err(row
+                    .wrong("\"perturbed_answer\"".into(), format!("a list of {}", wrong.len()), &expected)
+                    .into());
             }
             let encode = |answer: &str| reading.answer(row, &question, answer);
             questions.push(Question {
@@ -163,15 +166,27 @@ impl Suite for TofuSuite {
             let number = if is_choice { "choice_probability" } else { "probability" };
             mean_of(out, set.name, "probability", number, better);
             if forget {
-                aggregate(out, set.name, "truth_ratio", "truth_ratio", Better::Retrained, statistics::forget_truth_ratio);
-                for name in ["extraction_strength", "exact_memorisation", "paraphrase_probability", "knowledge_extent"] {
+                aggregate(
+                    out,
+                    set.name,
+                    "truth_ratio",
+                    "truth_ratio",
+                    Better::Retrained,
+                    statistics::forget_truth_ratio,
+                );
+                for name in ["extraction_strength", "exact_memorisation", "paraphrase_probability", "knowledge_extent"]
+                {
                     mean_of(out, set.name, name, name, Better::Lower);
                 }
             } else {
                 aggregate(out, set.name, "truth_ratio", "truth_ratio", Better::Higher, statistics::utility_truth_ratio);
             }
+            if set.name == RETAIN {
+                mean_of(out, set.name, "extraction_strength", "extraction_strength", Better::Higher);
+            }
             if set.questions.iter().any(|question| question.prompt.is_some()) {
-                let empty = out.items[set.name].iter().filter(|item| !item.numbers.contains_key("rouge_l_recall")).count();
+                let empty =
+                    out.items[set.name].iter().filter(|item| !item.numbers.contains_key("rouge_l_recall")).count();
                 if empty > 0 {
                     out.warn(format!("{}: {empty} of {} answers hold no word", set.name, set.questions.len()));
                 }
@@ -186,7 +201,10 @@ impl Suite for TofuSuite {
 
     fn compare(&self, others: &Others, out: &mut Evaluation) {
         let Some(retrained) = &others.retrained else {
-            out.warn("tofu.forget_quality was not computed: it needs eval.retrained, a model that never saw the forget data".into());
+            out.warn(
+                "tofu.forget_quality was not computed: it needs eval.retrained, a model that never saw the forget data"
+                    .into(),
+            );
             return;
         };
         let ratios = |evaluation: &Evaluation| {
@@ -222,7 +240,7 @@ fn utility(out: &mut Evaluation) {
         })
     };
     let parts = || {
-        let (retain, real_authors, world_facts) = (set("tofu_retain")?, set("tofu_real_authors")?, set("tofu_world_facts")?);
+        let (retain, real_authors, world_facts) = (set(RETAIN)?, set("tofu_real_authors")?, set("tofu_world_facts")?);
         Ok::<_, String>(ModelUtility { retain, real_authors, world_facts })
     };
     match parts() {
