@@ -15,5 +15,5 @@ pub use encode::{Encoder, Sample};
 pub use error::DataError;
 pub use order::{Order, StepBatch};
 pub use pack::{Item, MicroBatch, RowsOf, Sequence, Stream, Text, Texts, pack, share};
-pub use record::Wanted;
+pub use record::{Message, Role, Wanted};
 pub use refusals::Refusals;
