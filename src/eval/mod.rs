@@ -1,6 +1,7 @@
 //! Numbers about a model on a data set. Work is spread over the data-parallel ranks; every rank gets the same result.
 
 mod error;
+pub mod generate;
 pub mod likelihood;
 pub mod record;
 pub mod scores;
