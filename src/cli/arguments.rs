@@ -29,6 +29,8 @@ pub(super) struct Arguments {
 pub(super) enum Verb {
     /// Train, unlearn or fine-tune as a configuration says
     Run(RunOptions),
+    /// Measure a model, or compare what was measured of several: TOFU, MUSE, WMDP, MMLU, perplexity, membership
+    Eval(super::eval::EvalOptions),
     /// Show or describe configurations
     Config {
         #[command(subcommand)]

@@ -10,6 +10,7 @@ mod check;
 mod checkpoint;
 mod device;
 mod ending;
+mod eval;
 mod launch;
 mod methods;
 mod run;
@@ -63,6 +64,7 @@ pub fn main() -> ExitCode {
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Checkpoint(options) }) => bench::checkpoint(&options, &launched),
         Some(Verb::Check(options)) => check::check(&options, &launched),
+        Some(Verb::Eval(options)) => eval::eval(&options, &launched, started),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
         Some(Verb::Weights { verb }) => weights::weights(&verb, &launched, started),
@@ -76,7 +78,7 @@ pub fn main() -> ExitCode {
 }
 
 fn show(file: &std::path::Path, set: &[String]) -> anyhow::Result<()> {
-    print!("{}", config::to_toml(&config::from_file(file, set)?));
+    print!("{}", config::to_toml(&config::any_from_file(file, set)?));
     Ok(())
 }
 

@@ -34,7 +34,7 @@ pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyho
 fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     let path = options.config.as_ref().context("--config is missing")?;
     let config = config::from_file(path, &options.set)?;
-    let context = prepare(ranks, options, &config, launched, started)?;
+    let context = context(ranks, &config, options, launched, started)?;
     signals::note_requests();
     match tch::no_grad(|| run::run(&config, context))? {
         Outcome::Finished(_) => Ok(()),
@@ -42,11 +42,11 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     }
 }
 
-/// Threads, devices and logs for a configuration. All ranks call it.
-pub(super) fn prepare(
+/// The ranks' groups, device, threads and log for a configuration. All ranks call it.
+pub(super) fn context(
     ranks: &Ranks,
-    options: &RunOptions,
     config: &Config,
+    options: &RunOptions,
     launched: &Launched,
     started: Instant,
 ) -> anyhow::Result<Context> {

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 
 use super::arguments::{RunOptions, size, word};
 use super::launch::Launched;
-use super::run::{Ranks, prepare, set_threads, with_ranks};
+use super::run::{Ranks, context, set_threads, with_ranks};
 use crate::checkpoint::Folder;
 use crate::config::{self, ExportDtype, Mode, Side};
 use crate::dist::World;
@@ -196,7 +196,7 @@ fn calibrated(options: &CalibrateOptions, ranks: &Ranks, launched: &Launched, st
     }
     let config = config::from_file(&options.config, &options.set)?;
     let run = RunOptions::quiet(&options.config);
-    let context = prepare(ranks, &run, &config, launched, started)?;
+    let context = context(ranks, &config, &run, launched, started)?;
     context.world.watchdog.set_deadline(TIMEOUT);
     let after = options.after.clone().unwrap_or_else(|| config.run.dir.join("model"));
     let wish = Calibration { set: of.clone(), metric: metric.clone(), keep: *keep, evaluations: *evaluations };
@@ -216,15 +216,18 @@ fn calibrated(options: &CalibrateOptions, ranks: &Ranks, launched: &Launched, st
 }
 
 fn tell(found: &Calibrated, out: &Path) {
-    let sets = &found.found().sets;
-    let names: Vec<String> = sets.iter().map(|(name, _)| format!("{name} probability")).collect();
+    let names: Vec<&String> =
+        found.found().metrics.keys().filter(|name| name.ends_with(&format!(".{}", found.metric))).collect();
     let head: Vec<&str> =
-        std::iter::once("share of the model before").chain(names.iter().map(String::as_str)).collect();
+        std::iter::once("share of the model before").chain(names.iter().map(|name| name.as_str())).collect();
     let mut tried: Vec<_> = found.tried.iter().collect();
     tried.sort_by(|a, b| a.share.total_cmp(&b.share));
     let rows = tried.iter().map(|mixture| {
         let here = if mixture.share == found.share { " *" } else { "" };
-        let numbers = mixture.sets.iter().map(|(_, scores)| format!("{:.4}", scores.probability));
+        let number = |name: &&String| {
+            mixture.metrics.get(*name).map_or_else(|| "-".to_owned(), |metric| format!("{:.4}", metric.value))
+        };
+        let numbers = names.iter().map(number);
         std::iter::once(format!("{:.4}{here}", mixture.share)).chain(numbers).collect()
     });
     print!("{}", table(&head, &rows.collect::<Vec<_>>()));

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::data::Source;
 use super::error::ConfigError;
+use super::eval::Every;
 use super::method::{Objective, Retain};
 use super::schema::{Checkpoint, Config, Init};
 use super::scope::LoraInit;
@@ -135,7 +136,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     if !config.export.model {
         return refuse("export.model", format!("is false {with}: the written model is all that the run makes"));
     }
-    if config.eval.every > 0 {
+    if config.eval.every != Every::Steps(0) {
         return refuse("eval.every", other("has a model at its end only; remove it"));
     }
     let Checkpoint { every, keep_last, keep_every, .. } = Checkpoint::default();

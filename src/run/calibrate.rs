@@ -4,14 +4,16 @@
 //! `theta(share) = share x before + (1 - share) x after`. The least share that reaches the bar is found by bisection, on the understanding
 //! that more of the model before keeps more.
 
-use serde::Serialize;
-use serde_json::Value;
+use std::collections::BTreeMap;
 
+use serde::Serialize;
+
+use super::evaluation::Evaluator;
 use super::inputs::{Inputs, Loaded};
-use super::{Context, RunError, evaluate, forward_options, gradient_options, trainer_options};
+use super::{Context, RunError, gradient_options, trainer_options};
 use crate::checkpoint::Folder;
 use crate::config::Config;
-use crate::eval::LikelihoodScores;
+use crate::eval::{Better, Metric};
 use crate::model::sharding::Piece;
 use crate::train::{GradientBuffers, Optimizer, Schedule, Trainer};
 use crate::unlearn;
@@ -34,7 +36,7 @@ pub struct Calibration {
 pub struct Mixture {
     /// Of the model before.
     pub share: f64,
-    pub sets: Vec<(String, LikelihoodScores)>,
+    pub metrics: BTreeMap<String, Metric>,
 }
 
 /// What was found.
@@ -76,6 +78,10 @@ pub fn calibrate(
         let known = known.join(", ");
         return Err(RunError::Refused(format!("the configuration has no set {:?}; its sets are {known}", wish.set)));
     }
+    let mut config = config.clone();
+    config.eval.after = true; // the mixtures are evaluated, whatever a run would do
+    let config = &config;
+    let evaluator = Evaluator::new(config, &inputs.encoder, &inputs.sets(), context)?;
     let Loaded { decoder, parameters, .. } = inputs.load_still(config, world, context.device, console)?;
     let (before, after) = (Folder::open(&config.model.path)?, Folder::open(after)?);
     after.check(&decoder.table)?;
@@ -99,8 +105,8 @@ pub fn calibrate(
             };
             parameters.put(&decoder.table, id, value)?;
         }
-        let sets = evaluate(config, &inputs, &trainer, forward_options(config), world, console);
-        Ok(Mixture { share, sets })
+        let metrics = evaluator.of(&trainer, &inputs, &format!("share {share}"), None, context)?.metrics;
+        Ok(Mixture { share, metrics })
     };
     search(wish, evaluated)
 }
@@ -127,19 +133,14 @@ fn search(
 }
 
 fn number(mixture: &Mixture, wish: &Calibration) -> Result<f64, RunError> {
-    let set = mixture.sets.iter().find(|(name, _)| *name == wish.set);
-    let (_, scores) = set.expect("invariant: the set is one of the configuration's");
-    let all = serde_json::to_value(scores).expect("invariant: scores are JSON");
-    // counts are no scores, and of the likelihood a smaller one is better
-    let known = |(name, value): (&String, &Value)| {
-        (value.is_f64() && name != "nll").then(|| (name.clone(), value.as_f64().unwrap_or(f64::NAN)))
-    };
-    let known: Vec<(String, f64)> = all.as_object().into_iter().flatten().filter_map(known).collect();
+    let of_set = |name: &String| name.strip_prefix(&wish.set)?.strip_prefix('.').map(str::to_owned);
+    let good = mixture.metrics.iter().filter(|(_, metric)| metric.better == Better::Higher);
+    let known: Vec<(String, f64)> = good.filter_map(|(name, metric)| Some((of_set(name)?, metric.value))).collect();
     let found = known.iter().find(|(name, _)| *name == wish.metric);
     found.map(|(_, value)| *value).ok_or_else(|| {
         let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
-        let names = names.join(", ");
-        RunError::Refused(format!("there is no number {:?} of which more is better; there are {names}", wish.metric))
+        let (set, metric, names) = (&wish.set, &wish.metric, names.join(", "));
+        RunError::Refused(format!("there is no number {metric:?} of {set} of which more is better; there are {names}"))
     })
 }
 
@@ -154,8 +155,12 @@ mod tests {
     /// A model whose retain number is a known function of the share.
     fn model(keeps: impl Fn(f64) -> f64) -> impl FnMut(f64) -> Result<Mixture, RunError> {
         move |share| {
-            let scores = LikelihoodScores { probability: keeps(share), ..Default::default() };
-            Ok(Mixture { share, sets: vec![("retain".to_owned(), scores)] })
+            let higher = |name: &str, value| (name.to_owned(), Metric::new(value, 1, Better::Higher));
+            let loss = ("retain.loss".to_owned(), Metric::new(1.0, 1, Better::Lower));
+            let kept = keeps(share);
+            let others = [higher("retain.token_accuracy", 1.0), higher("forget.probability", 1.0), loss];
+            let metrics = others.into_iter().chain([higher("retain.probability", kept)]).collect();
+            Ok(Mixture { share, metrics })
         }
     }
 
@@ -180,7 +185,7 @@ mod tests {
 
     #[test]
     fn unknown_numbers_are_refused() {
-        for metric in ["nll", "samples", "es"] {
+        for metric in ["loss", "samples", "es"] {
             let wish = Calibration { metric: metric.into(), ..wish(0.9, 5) };
             let words = search(&wish, model(|_| 1.0)).unwrap_err().to_string();
             assert!(words.contains("there are probability, token_accuracy"), "{words}");

@@ -31,6 +31,8 @@ pub struct Inputs {
     /// Kind of the weights that were read.
     pub stored_kind: Kind,
     anchors_name: &'static str,
+    /// Tokenizer and template.
+    pub encoder: Encoder,
     pub warnings: Vec<String>,
 }
 
@@ -92,8 +94,18 @@ impl Inputs {
         });
         let similar = similar.collect::<Result<_, _>>()?;
         let stored_kind = weights.as_ref().map_or(Kind::Float, Folder::kind);
-        let mut inputs =
-            Self { arch, anchors, retain, watched, similar, weights, stored_kind, anchors_name, warnings: Vec::new() };
+        let mut inputs = Self {
+            arch,
+            anchors,
+            retain,
+            watched,
+            similar,
+            weights,
+            stored_kind,
+            anchors_name,
+            encoder,
+            warnings: vec![],
+        };
         inputs.check(config)?;
         for warning in &inputs.warnings {
             tell(world, warning);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
+use super::evaluation::Evaluator;
 use super::files::RunFolder;
 use super::inputs::{Inputs, Loaded, computing_kind, layout_of};
 use super::journal::{Journal, comm_seconds};
@@ -18,8 +19,8 @@ use super::saving::Saver;
 use super::summary::{Evaluations, Summary, Timing};
 use super::trained::Trained;
 use super::{
-    Context, FILES_DEADLINE, Fault, Outcome, Phase, RunError, evaluate, export_kind, forward_options, gradient_options,
-    max_shard_bytes, one_micro_batch_a_step, trainer_options,
+    Context, FILES_DEADLINE, Fault, Outcome, Phase, RunError, export_kind, gradient_options, max_shard_bytes,
+    one_micro_batch_a_step, trainer_options,
 };
 use crate::abi::signals;
 use crate::checkpoint::{Folder, export_tensors};
@@ -46,16 +47,16 @@ pub(super) fn run(
     context: &Context,
 ) -> Result<Outcome, RunError> {
     let Context { world, console, .. } = context;
+    // other models come and go before this one takes its memory
+    let evaluator = Evaluator::new(config, &inputs.encoder, &inputs.sets(), context)?;
     let loaded = inputs.load_still(config, world, context.device, console)?;
     let mut identifier = Identifier::new(config, &inputs, loaded, folder, context)?;
     let identity = identifier.identity.clone();
-    let numbers = |trainer: &Trainer| evaluate(config, &inputs, trainer, forward_options(config), world, console);
     let mut evaluations = Evaluations::default();
     let strike = |phase| Fault::strike(context.fault, phase, world.mesh.rank);
     if config.eval.before {
         strike(Phase::Eval)?;
-        evaluations.before = numbers(&identifier.trainer);
-        metrics.write(&json!({ "step": 0, "eval": evaluations.before }))?;
+        evaluations.before = evaluator.step(0, &identifier.trainer, &inputs, Some(&identity), context, metrics)?;
     }
 
     let training = Instant::now();
@@ -92,8 +93,7 @@ pub(super) fn run(
     if config.eval.after {
         // of what was written
         identifier.load(&Folder::open(&model)?, None)?;
-        evaluations.after = numbers(&identifier.trainer);
-        metrics.write(&json!({ "step": identifier.step, "eval": evaluations.after }))?;
+        evaluations.after = evaluator.step(identifier.step, &identifier.trainer, &inputs, None, context, metrics)?;
     }
     let timing =
         Timing { steps: identifier.step, tokens, training_seconds, reference_seconds: 0.0, seconds_to_first_step };
