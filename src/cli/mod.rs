@@ -10,6 +10,7 @@ mod check;
 mod checkpoint;
 mod device;
 mod ending;
+mod generate;
 mod launch;
 mod methods;
 mod run;
@@ -63,6 +64,7 @@ pub fn main() -> ExitCode {
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Checkpoint(options) }) => bench::checkpoint(&options, &launched),
         Some(Verb::Check(options)) => check::check(&options, &launched),
+        Some(Verb::Generate(options)) => generate::generate(&options, &launched),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
         Some(Verb::Weights { verb }) => weights::weights(&verb, &launched),

@@ -12,7 +12,7 @@ mod scope;
 mod validate;
 mod words;
 
-pub use data::{Fields, Kind, Source, Template, TemplateName};
+pub use data::{ExplicitTemplate, Fields, Kind, Source, Template, TemplateName};
 pub use error::ConfigError;
 pub use load::{digest, from_file, from_str, json_schema, to_json, to_toml};
 pub use method::*;

@@ -1,5 +1,6 @@
 //! Numbers about a model on a data set. Work is spread over the data-parallel ranks; every rank gets the same result.
 
+pub mod attack;
 pub mod generate;
 mod likelihood;
 

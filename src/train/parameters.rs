@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::layout::Layout;
 use super::selection::Selection;
-use crate::abi::upload::upload_tensor;
+use crate::abi::upload::fill;
 use crate::dist::Group;
 use crate::model::Weights;
 use crate::model::sharding::{ParamId, Piece, Table};
@@ -105,24 +105,6 @@ impl Parameters {
         let weights = self.flat.iter().chain(&self.frozen).map(size).sum();
         let shared = self.flat.first().is_some_and(|flat| flat.kind() == Kind::Float);
         (weights, if shared { 0 } else { self.masters.iter().map(size).sum() })
-    }
-}
-
-/// Bytes that go to a device at once: the size of the page-locked buffer that libtorch keeps for it.
-const STAGE: i64 = 64 << 20;
-
-/// Copies a tensor of the host, mapped or computed, or of the device, into `target`, converted on the target's side.
-fn fill(target: &Tensor, source: &Tensor) {
-    let mut target = target.shallow_clone();
-    if target.device() == source.device() {
-        return target.copy_(source);
-    }
-    let row = (source.numel() as i64 / source.size()[0].max(1)).max(1) * source.kind().elt_size_in_bytes() as i64;
-    let rows = (STAGE / row).max(1);
-    for first in (0..source.size()[0]).step_by(rows as usize) {
-        let len = rows.min(source.size()[0] - first);
-        let part = upload_tensor(&source.narrow(0, first, len).contiguous(), target.device());
-        target.narrow(0, first, len).copy_(&part);
     }
 }
 
