@@ -77,17 +77,20 @@ impl Fields {
     }
 }
 
-/// One data file.
+/// One data file, or one split of a Hugging Face data set folder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// JSONL file, one sample a line. Relative to the working directory.
+    /// JSON lines, a JSON array, Parquet, or a folder of such files. Relative to the working directory.
     pub path: PathBuf,
     /// What a line holds: `qa`, `chat`, `text`, `preference` or `choice`.
     pub kind: Kind,
     /// Names of the fields where the file uses others than the kind's own.
     #[serde(default, skip_serializing_if = "Fields::is_default")]
     pub fields: Fields,
+    /// Which split of a data set folder; needed where the folder has several (`train`, `test`, ...).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<String>,
     /// Use only the first `limit` samples. Unit: samples.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,

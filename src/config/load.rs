@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::defaults::fill;
 use super::error::ConfigError;
 use super::schema::Config;
-use super::validate::validate;
+use super::validate::{validate, validate_evaluation};
 
 /// Reads, overrides and checks a configuration file.
 ///
@@ -15,8 +15,39 @@ pub fn from_file(path: &Path, overrides: &[String]) -> Result<Config, ConfigErro
     from_str(&text, &path.display().to_string(), overrides)
 }
 
+/// As [`from_file`] for an evaluation alone: `[method]`, `[train]` and `[optimizer]` may be missing, and what they say of training does
+/// not matter.
+pub fn evaluation_from_file(path: &Path, overrides: &[String]) -> Result<Config, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let name = path.display().to_string();
+    let table: toml::Table = toml::from_str(&text).map_err(|error| parse_error(&error, &text, &name))?;
+    let missing = |key: &str| !table.contains_key(key);
+    let mut whole = text.clone();
+    // behind what was written, so that places in errors stay right
+    for (key, stand_in) in [
+        ("data", "\n[data]"),
+        ("method", "\n[method]\nobjective = \"finetune\""),
+        ("train", "\n[train]\nsteps = 1"),
+        ("optimizer", "\n[optimizer]\nlr = 0"),
+    ] {
+        if missing(key) {
+            whole.push_str(stand_in);
+        }
+    }
+    parse(&whole, &name, overrides, validate_evaluation)
+}
+
 /// As [`from_file`] with the text at hand; `name` is what errors call it.
 pub fn from_str(text: &str, name: &str, overrides: &[String]) -> Result<Config, ConfigError> {
+    parse(text, name, overrides, validate)
+}
+
+fn parse(
+    text: &str,
+    name: &str,
+    overrides: &[String],
+    validate: fn(&Config) -> Result<(), ConfigError>,
+) -> Result<Config, ConfigError> {
     let mut table: toml::Table = toml::from_str(text).map_err(|error| parse_error(&error, text, name))?;
     // Without overrides the text itself is parsed: its errors have a line and a column. The table is the fallback where
     // an override supplies what the file lacks.

@@ -5,6 +5,7 @@
 mod data;
 mod defaults;
 mod error;
+mod eval;
 mod load;
 mod method;
 mod schema;
@@ -14,7 +15,8 @@ mod words;
 
 pub use data::{ExplicitTemplate, Fields, Kind, Source, Template, TemplateName};
 pub use error::ConfigError;
-pub use load::{digest, from_file, from_str, json_schema, to_json, to_toml};
+pub use eval::*;
+pub use load::{digest, evaluation_from_file, from_file, from_str, json_schema, to_json, to_toml};
 pub use method::*;
 pub use schema::*;
 pub use scope::*;

@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::data::{Source, Template};
+use super::eval::Eval;
 use super::method::Method;
 use super::scope::{Before, Scope};
 
@@ -232,6 +233,16 @@ pub enum Precision {
     F32,
 }
 
+impl Precision {
+    /// The name used in TOML.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Recompute {
@@ -364,26 +375,6 @@ pub enum Resume {
     Auto,
     Must,
     Never,
-}
-
-/// Numbers of the model before and after: mean answer probability and token accuracy on each set that is given.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Eval {
-    /// Evaluate before the first step.
-    pub before: bool,
-    /// Evaluate after the last step.
-    pub after: bool,
-    /// Evaluate every so many steps as well; 0 means not. Unit: steps.
-    pub every: usize,
-    /// Use at most the first so many samples of each set; 0 means all. Unit: samples.
-    pub max_samples: usize,
-}
-
-impl Default for Eval {
-    fn default() -> Self {
-        Self { before: true, after: true, every: 0, max_samples: 400 }
-    }
 }
 
 /// The Hugging Face folder that the run writes at its end, `DIR/model`.

@@ -2,8 +2,9 @@
 
 use super::data::Kind;
 use super::error::ConfigError;
+use super::eval::{Eval, SuiteName};
 use super::method::{Compat, Method, Objective, Positions, Retain};
-use super::schema::{Config, Device, Dp, Eval, Export, Optimizer, OptimizerName, StateDtype};
+use super::schema::{Config, Device, Dp, Export, Optimizer, OptimizerName, StateDtype};
 use super::scope::{LoraInit, Mask, Score, Unit};
 
 /// Checks what one key says against what the others say.
@@ -31,10 +32,10 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     if !model && (dtype, max_shard_mib) != (Export::default().dtype, Export::default().max_shard_mib) {
         return no_effect("export.dtype or export.max_shard_mib", "with export.model = false", "remove it");
     }
-    let Eval { before, after, every, max_samples } = config.eval;
-    if !(before || after || every > 0) && max_samples != Eval::default().max_samples {
+    if !config.eval.happens() && config.eval.max_samples != Eval::default().max_samples {
         return no_effect("eval.max_samples", "without an evaluation", "remove it or set eval.after = true");
     }
+    eval(config)?;
     positive("export.max_shard_mib", max_shard_mib)
 }
 
@@ -155,7 +156,7 @@ fn data(config: &Config) -> Result<(), ConfigError> {
             "missing; method.retain needs it: write retain = { path = \"retain.jsonl\", kind = \"qa\" }",
         ));
     }
-    let evaluated = config.eval.before || config.eval.after || config.eval.every > 0;
+    let evaluated = config.eval.happens();
     let unused = if finetune { &data.forget } else { &None };
     for (key, source) in [("data.forget", unused), ("data.retain", &data.retain)] {
         let needed = key == "data.retain" && config.method.retain != Retain::None;
@@ -372,6 +373,85 @@ fn before(config: &Config) -> Result<(), ConfigError> {
         return no_effect(key, "with scope.lora: the matrices do not change", "remove one of them");
     }
     Ok(())
+}
+
+fn eval(config: &Config) -> Result<(), ConfigError> {
+    let eval = &config.eval;
+    let given = |suite: &SuiteName| Eval { suites: None, ..eval.clone() }.runs(*suite);
+    for suite in eval.suites.iter().flatten().filter(|suite| !given(suite)) {
+        let reason = format!("lists {:?}, which has no table; write [eval.{0}] or remove it", suite.name());
+        return Err(ConfigError::value("eval.suites", reason));
+    }
+    let runs = |suite| eval.runs(suite);
+    if eval.retrained.is_some() && !(runs(SuiteName::Tofu) || runs(SuiteName::Mia)) {
+        let when = "without [eval.tofu] or [eval.mia]";
+        return no_effect("eval.retrained", when, "remove it or add such a table");
+    }
+    if eval.reference.is_some() && !runs(SuiteName::Mia) {
+        return no_effect("eval.reference", "without [eval.mia]", "remove it or add that table");
+    }
+    if eval.cache.is_some() && eval.retrained.is_none() && eval.original.is_none() && eval.reference.is_none() {
+        let when = "without eval.retrained, eval.original or eval.reference";
+        return no_effect("eval.cache", when, "remove it or name such a model");
+    }
+    if let Some(tofu) = &eval.tofu {
+        positive("eval.tofu.max_new_tokens", tofu.max_new_tokens as f64)?;
+        if !tofu.forget.starts_with("forget") {
+            let reason = format!("is {:?}; expected forget01, forget05 or forget10", tofu.forget);
+            return Err(ConfigError::value("eval.tofu.forget", reason));
+        }
+    }
+    if let Some(choice) = &eval.choice {
+        match (choice.shots, &choice.examples) {
+            (0, Some(_)) => return no_effect("eval.choice.examples", "with shots = 0", "remove it or set shots"),
+            (n, None) if n > 0 => {
+                return Err(ConfigError::value("eval.choice.examples", format!("missing; shots = {n} needs examples")));
+            }
+            _ => {}
+        }
+    }
+    if let Some(perplexity) = &eval.perplexity
+        && perplexity.source.kind != Kind::Text
+    {
+        let reason = format!("is {:?}; perplexity is of running text, write \"text\"", perplexity.source.kind.name());
+        return Err(ConfigError::value("eval.perplexity.source.kind", reason));
+    }
+    if let Some(mia) = &eval.mia {
+        check("eval.mia.k", mia.k, mia.k > 0.0 && mia.k <= 1.0, "a number in (0, 1]")?;
+        if mia.forget.is_none() && config.data.forget.is_none() {
+            let reason = "missing; write the texts that were to be forgotten, or data.forget";
+            return Err(ConfigError::value("eval.mia.forget", reason));
+        }
+    }
+    if let Some(muse) = &eval.muse {
+        for (key, examples, questions) in [
+            ("eval.muse.knowmem_forget_icl", &muse.knowmem_forget_icl, &muse.knowmem_forget),
+            ("eval.muse.knowmem_retain_icl", &muse.knowmem_retain_icl, &muse.knowmem_retain),
+        ] {
+            if examples.is_some() && questions.is_none() {
+                return no_effect(key, "without the questions", "remove it");
+            }
+        }
+        if muse.verbmem.is_none() && muse.knowmem_forget.is_none() && muse.knowmem_retain.is_none() {
+            let reason = "names no set; write verbmem, knowmem_forget or knowmem_retain";
+            return Err(ConfigError::value("eval.muse", reason));
+        }
+    }
+    Ok(())
+}
+
+/// As [`validate`] for an evaluation alone, which needs neither a method nor an optimizer.
+pub(super) fn validate_evaluation(config: &Config) -> Result<(), ConfigError> {
+    let has_data = config.data.sources().next().is_some();
+    if !has_data && !SuiteName::ALL.iter().any(|&suite| config.eval.runs(suite)) {
+        let reason = "names nothing to measure; write a table such as [eval.tofu], or data.forget or data.retain";
+        return Err(ConfigError::value("eval", reason));
+    }
+    positive("parallel.tp", config.parallel.tp as f64)?;
+    positive("run.timeout", config.run.timeout as f64)?;
+    positive("train.micro_batch_tokens", config.train.micro_batch_tokens as f64)?;
+    positive("train.logits_mib", config.train.logits_mib)?;
+    eval(config)
 }
 
 fn no_effect(key: &str, when: &str, instead: &str) -> Result<(), ConfigError> {

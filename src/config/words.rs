@@ -1,4 +1,4 @@
-//! Values that TOML writes in two ways: `dp = "auto" | 2`, `warmup = "1 epoch" | "10 steps" | 0.1`.
+//! Values that TOML writes in two ways: `dp = "auto" | 2`, `warmup = "1 epoch" | "10 steps" | 0.1`, `every = 10 | "2 epochs"`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,6 +7,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
+use super::eval::Every;
 use super::schema::{Dp, Warmup};
 
 impl Serialize for Dp {
@@ -117,6 +118,61 @@ impl JsonSchema for Warmup {
         json_schema!({ "anyOf": [
             { "type": "string", "pattern": "^[0-9.]+ (steps?|epochs?)$" },
             { "type": "number", "minimum": 0, "exclusiveMaximum": 1 }
+        ] })
+    }
+}
+
+impl Serialize for Every {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match *self {
+            Self::Steps(n) => serializer.serialize_u64(n as u64),
+            Self::Epochs(n) => serializer.serialize_str(&format!("{n} epochs")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Every {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EveryVisitor;
+        impl Visitor<'_> for EveryVisitor {
+            type Value = Every;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str(r#"a number of steps, "10 steps" or "2 epochs""#)
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Every, E> {
+                let refuse = || E::invalid_value(de::Unexpected::Str(text), &self);
+                let (number, unit) = text.split_once(' ').ok_or_else(refuse)?;
+                let number = number.parse().map_err(|_| refuse())?;
+                match unit {
+                    "step" | "steps" => Ok(Every::Steps(number)),
+                    "epoch" | "epochs" => Ok(Every::Epochs(number)),
+                    _ => Err(refuse()),
+                }
+            }
+
+            fn visit_i64<E: de::Error>(self, n: i64) -> Result<Every, E> {
+                usize::try_from(n).map(Every::Steps).map_err(|_| E::invalid_value(de::Unexpected::Signed(n), &self))
+            }
+
+            fn visit_u64<E: de::Error>(self, n: u64) -> Result<Every, E> {
+                Ok(Every::Steps(n as usize))
+            }
+        }
+        deserializer.deserialize_any(EveryVisitor)
+    }
+}
+
+impl JsonSchema for Every {
+    fn schema_name() -> Cow<'static, str> {
+        "Every".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "anyOf": [
+            { "type": "integer", "minimum": 0 },
+            { "type": "string", "pattern": "^[0-9]+ (steps?|epochs?)$" }
         ] })
     }
 }

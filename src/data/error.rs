@@ -10,8 +10,17 @@ pub enum DataError {
     #[error("cannot read {}: {source}{hint}", path.display())]
     Read { path: PathBuf, source: io::Error, hint: String },
 
-    #[error("{} is {found}, expected a file with one JSON object a line{hint}", path.display())]
+    #[error("{} is {found}, expected JSON lines, a JSON array, Parquet or a folder of such files{hint}", path.display())]
     NotJsonLines { path: PathBuf, found: &'static str, hint: String },
+
+    #[error("{} is no Parquet file that can be read: {reason}", path.display())]
+    Parquet { path: PathBuf, reason: String },
+
+    #[error("no split {split:?}: {} is {found}: write split = \"...\" with one of them", path.display())]
+    Split { path: PathBuf, split: String, found: String },
+
+    #[error("no {name}.jsonl, {name}.json, {name}.parquet or folder {name} in {}{hint}", folder.display())]
+    NoSet { folder: PathBuf, name: String, hint: String },
 
     #[error("{}:{line}: byte {byte} of the line is not UTF-8", path.display())]
     Utf8 { path: PathBuf, line: usize, byte: usize },
@@ -124,7 +133,7 @@ pub enum DataError {
 
 impl DataError {
     /// Adds file and line, unless every sample would meet the same error.
-    pub(super) fn in_sample(self, path: &Path, line: usize) -> Self {
+    pub fn in_sample(self, path: &Path, line: usize) -> Self {
         match self {
             Self::NoChatTemplate { .. } | Self::ChatNeedsChatTemplate | Self::MaxLength { .. } => self,
             source => Self::Sample { path: path.to_owned(), line, source: Box::new(source) },

@@ -1,22 +1,20 @@
-//! JSONL readers: one line becomes one [`Record`], or an error that names file, line, field, what is there and what to
-//! write.
+//! Records of a source: one row becomes one [`Record`], or an error that names file, line, field, what is there and what to write.
 
 #[cfg(test)]
 mod tests;
 
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::error::DataError;
+use super::rows::{describe, rows};
 use crate::config::{Kind, Source};
 
 /// One sample as the file has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// Line in the file, counted from 1.
+    /// Line (or row) in the file, counted from 1.
     pub line: usize,
     pub content: Content,
     /// Answers that are to take the place of the sample's own, where they were asked for; see [`Wanted`].
@@ -87,8 +85,7 @@ impl Role {
 /// `name` is the configuration key of the source, such as `data.forget`: errors say which key to set.
 ///
 /// # Errors
-/// A file that cannot be read, is not JSONL or holds no sample; a line that is not UTF-8, not JSON, or not of the
-/// source's kind.
+/// A file that cannot be read, is of no known format or holds no sample; a row that is not of the source's kind.
 pub fn read(name: &str, source: &Source, wanted: Wanted) -> Result<Vec<Record>, DataError> {
     if source.limit == Some(0) {
         return Err(DataError::NoSample {
@@ -98,18 +95,12 @@ pub fn read(name: &str, source: &Source, wanted: Wanted) -> Result<Vec<Record>, 
     }
     let limit = source.limit.unwrap_or(usize::MAX);
     let mut records = Vec::new();
-    for (number, bytes) in (1..).zip(open(&source.path)?.split(b'\n')) {
-        let mut bytes = bytes.map_err(|e| unreadable(&source.path, e))?;
-        let line = Line { name, source, number, wanted };
-        if number == 1 {
-            line.refuse_other_formats(&bytes)?;
-            if bytes.starts_with(BYTE_ORDER_MARK) {
-                bytes.drain(..BYTE_ORDER_MARK.len());
-            }
-        }
-        if let Some((content, preferred)) = line.parse(&bytes)? {
-            records.push(Record { line: number, content, preferred });
-        }
+    for row in rows(&source.path, source.split.as_deref())? {
+        let row = row?;
+        let line = Line { name, source, path: &row.path, number: row.number, wanted };
+        let object = row.object(source.kind.name())?;
+        let (content, preferred) = (line.content(object)?, line.preferred(object)?);
+        records.push(Record { line: row.number, content, preferred });
         if records.len() == limit {
             break;
         }
@@ -121,93 +112,17 @@ pub fn read(name: &str, source: &Source, wanted: Wanted) -> Result<Vec<Record>, 
     Ok(records)
 }
 
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
-
-fn open(path: &Path) -> Result<BufReader<File>, DataError> {
-    if path.is_dir() {
-        let hint = listing("; it holds ", path);
-        return Err(DataError::NotJsonLines { path: path.to_owned(), found: "a folder", hint });
-    }
-    File::open(path).map(BufReader::new).map_err(|e| unreadable(path, e))
-}
-
-fn unreadable(path: &Path, source: std::io::Error) -> DataError {
-    let hint = match source.kind() {
-        ErrorKind::NotFound => listing("; beside it are ", path.parent().unwrap_or(Path::new("."))),
-        _ => String::new(),
-    };
-    DataError::Read { path: path.to_owned(), source, hint }
-}
-
-/// The first few JSONL files of a folder, in alphabetical order.
-fn listing(before: &str, folder: &Path) -> String {
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    names.retain(|name| name.ends_with(".jsonl"));
-    names.sort();
-    match names.len() {
-        0 => String::new(),
-        1..=6 => format!("{before}{}", names.join(", ")),
-        n => format!("{before}{} and {} more", names[..6].join(", "), n - 6),
-    }
-}
-
 /// One line and where it stands.
 struct Line<'a> {
     name: &'a str,
     source: &'a Source,
+    /// File that holds it.
+    path: &'a Path,
     number: usize,
     wanted: Wanted,
 }
 
 impl Line<'_> {
-    /// Recognises the formats that data sets also come in by their first bytes.
-    fn refuse_other_formats(&self, bytes: &[u8]) -> Result<(), DataError> {
-        let shown = self.source.path.display();
-        let (found, hint) = if bytes.starts_with(b"PAR1") {
-            (
-                "a Parquet file",
-                "; convert it: pandas.read_parquet(...).to_json(..., orient=\"records\", lines=True)".to_owned(),
-            )
-        } else if bytes.starts_with(b"\x1f\x8b") {
-            ("a gzip file", format!("; unpack it: gunzip {shown}"))
-        } else if bytes.trim_ascii_start().starts_with(b"[") {
-            ("one JSON array", format!("; convert it: jq -c '.[]' {shown} > FILE.jsonl"))
-        } else {
-            return Ok(());
-        };
-        Err(DataError::NotJsonLines { path: self.source.path.clone(), found, hint })
-    }
-
-    /// `None` for a blank line.
-    fn parse(&self, bytes: &[u8]) -> Result<Option<(Content, Vec<String>)>, DataError> {
-        let (path, line) = (|| self.source.path.clone(), self.number);
-        let text = std::str::from_utf8(bytes).map_err(|e| {
-            let byte = e.valid_up_to() + 1;
-            DataError::Utf8 { path: path(), line, byte }
-        })?;
-        if text.trim().is_empty() {
-            return Ok(None);
-        }
-        let value: Value = serde_json::from_str(text).map_err(|e| {
-            let hint = if e.is_eof() { "; a JSON object must stand on one line" } else { "" };
-            // the parser saw this line alone
-            let reason = e.to_string().replace(" at line 1 column ", " at column ");
-            DataError::Json { path: path(), line, reason: format!("{reason}{hint}") }
-        })?;
-        let Value::Object(object) = value else {
-            return Err(DataError::NotObject {
-                path: path(),
-                line,
-                found: describe(&value),
-                kind: self.source.kind.name(),
-            });
-        };
-        let content = self.content(&object)?;
-        Ok(Some((content, self.preferred(&object)?)))
-    }
-
     fn content(&self, object: &Map<String, Value>) -> Result<Content, DataError> {
         let fields = &self.source.fields;
         match self.source.kind {
@@ -322,7 +237,7 @@ impl Line<'_> {
             fix.push_str(&format!("; this looks like {}.kind = \"{}\"", self.name, kind.name()));
         }
         Err(DataError::MissingField {
-            path: self.source.path.clone(),
+            path: self.path.to_owned(),
             line: self.number,
             field: field.to_owned(),
             kind: self.source.kind.name(),
@@ -400,23 +315,6 @@ impl Line<'_> {
     }
 
     fn wrong(&self, field: String, found: String, expected: &str) -> DataError {
-        DataError::Field {
-            path: self.source.path.clone(),
-            line: self.number,
-            field,
-            found,
-            expected: expected.to_owned(),
-        }
-    }
-}
-
-fn describe(value: &Value) -> String {
-    match value {
-        Value::Null => "null".to_owned(),
-        Value::Bool(value) => format!("the truth value {value}"),
-        Value::Number(value) => format!("the number {value}"),
-        Value::String(_) => "a string".to_owned(),
-        Value::Array(values) => format!("a list of {}", values.len()),
-        Value::Object(_) => "an object".to_owned(),
+        DataError::Field { path: self.path.to_owned(), line: self.number, field, found, expected: expected.to_owned() }
     }
 }

@@ -42,6 +42,29 @@ pub fn statistics(logits: &Tensor, target: &Tensor) -> Tensor {
     })
 }
 
+/// Sums over this part of `exp(z) * z` and `exp(z) * z^2` of each row, `[rows, 2]` f32, with `z = logit - maximum` and the row's
+/// maximum as [`statistics`] has it. With its sum of exponentials they give mean and variance of the log-probabilities.
+pub fn moments(logits: &Tensor, statistics: &Tensor) -> Tensor {
+    let (rows, width) = (logits.size()[0] as usize, logits.size()[1] as usize);
+    let maxima = statistics.select(1, 0).contiguous();
+    let fused = on_cpu!(logits, T => {
+        let mut out = Tensor::empty([rows as i64, 2], (Kind::Float, logits.device()));
+        let (input, maxima) = (slice::<T>(logits), slice::<f32>(&maxima));
+        parallel::for_chunks(slice_mut::<f32>(&mut out), 2, 1, |row, out| {
+            let logits = &input[row * width..][..width];
+            out[0] = first_moment_row(logits, maxima[row]);
+            out[1] = second_moment_row(logits, maxima[row]);
+        });
+        out
+    });
+    fused.unwrap_or_else(|| {
+        let z = logits.to_kind(Kind::Float) - maxima.unsqueeze(1);
+        let first = z.exp() * &z;
+        let sum = |t: &Tensor| t.sum_dim_intlist(1i64, false, Kind::Float);
+        Tensor::stack(&[sum(&first), sum(&(&first * &z))], 1)
+    })
+}
+
 /// Replaces each row of logits by `weight * (exp(logit - log_sum) - [column = target])`.
 ///
 /// `log_sum, weight: [rows]` f32 over the whole vocabulary; `target` as in [`statistics`]. No other rank is needed.
@@ -138,6 +161,20 @@ vectorised! {
         sum(row.len(), |i| exp(row[i].get() - maximum))
     }
 
+    fn first_moment_row<T: Real>(row: &[T], maximum: f32) -> f32 {
+        sum(row.len(), |i| {
+            let z = row[i].get() - maximum;
+            exp(z) * z
+        })
+    }
+
+    fn second_moment_row<T: Real>(row: &[T], maximum: f32) -> f32 {
+        sum(row.len(), |i| {
+            let z = row[i].get() - maximum;
+            exp(z) * z * z
+        })
+    }
+
     fn gradient_row<T: Real>(row: &mut [T], log_sum: f32, weight: f32) {
         for x in row {
             *x = T::put(weight * exp(x.get() - log_sum));
@@ -193,6 +230,22 @@ mod tests {
             let mut dz = z.copy();
             gradient(&mut dz, &log_sum(&stats), &weight, &target);
             assert!(error(&dz, &want) < tolerance, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn moments_give_mean_and_variance_of_the_log_probabilities() {
+        tch::manual_seed(6);
+        for (kind, tolerance) in [(Kind::Float, 3e-6), (Kind::BFloat16, 3e-6), (Kind::Double, 3e-6)] {
+            let z = (Tensor::randn([4, 85], (Kind::Float, Device::Cpu)) * 3.0).to_kind(kind);
+            let stats = statistics(&z, &Tensor::full([4], -1, (Kind::Int64, Device::Cpu)));
+            let [first, second] = [0, 1].map(|i| moments(&z, &stats).select(1, i) / stats.select(1, 1));
+            let logp = z.to_kind(Kind::Double).log_softmax(1, Kind::Double);
+            let mean = |t: &Tensor| (logp.exp() * t).sum_dim_intlist(1i64, false, Kind::Double);
+            let want = mean(&logp);
+            assert!(error(&(&first - stats.select(1, 1).log()), &want) < tolerance, "{kind:?}");
+            let variance = mean(&logp.square()) - want.square();
+            assert!(error(&(second - first.square()), &variance) < tolerance, "{kind:?}");
         }
     }
 

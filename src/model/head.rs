@@ -103,6 +103,42 @@ impl Decoder {
 
     /// Pass 1 for rows with a target: `targets: [rows]` i64 ids. All ranks of the tensor-parallel group call it.
     pub fn scores(&self, weights: &Weights, rows: &Rows, targets: &Tensor, keep_logits: bool) -> Scores {
+        self.pass(weights, rows, targets, keep_logits, |_, _| ())
+    }
+
+    /// As [`Self::scores`] without logits kept, and mean and variance over the vocabulary of each row's log-probabilities,
+    /// `[2, rows]` f64: sum of p log p, and sum of p (log p)^2 minus its square. All ranks of the tensor-parallel group call it.
+    pub fn scores_and_moments(&self, weights: &Weights, rows: &Rows, targets: &Tensor) -> (Scores, Tensor) {
+        let mut parts = Vec::new();
+        let scores = self.pass(weights, rows, targets, false, |logits, statistics| {
+            parts.push(Tensor::cat(&[statistics.narrow(1, 0, 2), softmax::moments(logits, statistics)], 1));
+        });
+        let all = self.tp.all_gather(&concatenate(&parts, 4, rows)).to_kind(Kind::Double);
+        let all = all.view([self.tp.size() as i64, rows.filled(), 4]);
+        let maximum = all.select(2, 0).amax([0i64].as_slice(), false);
+        let mut sums = Tensor::zeros([3, rows.filled()], (Kind::Double, self.device));
+        for rank in 0..self.tp.size() as i64 {
+            let column = |i| all.get(rank).select(1, i);
+            // from this rank's maximum to the common one
+            let shift = column(0) - &maximum;
+            let (sum, first, second) = (column(1), column(2), column(3));
+            let second = second + &shift * (2.0 * &first + &shift * &sum);
+            sums += shift.exp() * Tensor::stack(&[sum.copy(), first + &shift * sum, second], 0);
+        }
+        let (mean, square) = (sums.get(1) / sums.get(0), sums.get(2) / sums.get(0));
+        let moments = Tensor::stack(&[&mean - sums.get(0).log(), square - mean.square()], 0);
+        (scores, moments.narrow(1, 0, rows.len))
+    }
+
+    /// `look` is given each chunk's logits and [`softmax::statistics`].
+    fn pass(
+        &self,
+        weights: &Weights,
+        rows: &Rows,
+        targets: &Tensor,
+        keep_logits: bool,
+        mut look: impl FnMut(&Tensor, &Tensor),
+    ) -> Scores {
         let head = weights.get(self.table.head);
         let targets = &fill_up(targets);
         let (local, here) = self.local_ids(targets);
@@ -111,7 +147,9 @@ impl Decoder {
         let mut parts = Vec::new();
         for (start, len) in rows.chunks() {
             let z = self.logits.product(&rows.normed.narrow(0, start, len), head);
-            parts.push(softmax::statistics(&z.values, &target.narrow(0, start, len)));
+            let statistics = softmax::statistics(&z.values, &target.narrow(0, start, len));
+            look(&z.values, &statistics);
+            parts.push(statistics);
             if keep_logits && len == rows.filled() {
                 logits = Some(z);
             } else {

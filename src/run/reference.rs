@@ -14,7 +14,7 @@ use crate::abi::upload::{upload, upload_tensor};
 use crate::checkpoint::{Reader, Spec, Writer};
 use crate::data::{Dataset, Item, MicroBatch, RowsOf, Sample, Stream, Text, pack};
 use crate::dist::World;
-use crate::eval::{self, ForwardOptions};
+use crate::eval::{self, Asked, ForwardOptions};
 use crate::model::{Decoder, Keep, ReferenceHead, Weights};
 use crate::telemetry::Console;
 use crate::train::Reference;
@@ -110,12 +110,10 @@ impl ReferenceCache {
             tracing::info!("reference log-probabilities: read from {}", path.display());
             return Ok(());
         }
-        let all: Vec<usize> = (0..forget.samples.len()).collect();
-        let share = all.len().div_ceil(options.world.mesh.dp) as u64;
+        let share = forget.samples.len().div_ceil(options.world.mesh.dp) as u64;
         let mut bar = options.console.progress("reference", share, "samples");
-        let scores = eval::per_sample(decoder, weights, forget, &all, options.forward, options.world, |n| {
-            bar.advance(n as u64, "");
-        });
+        let model = Asked { decoder, weights, world: options.world, forward: options.forward };
+        let scores = eval::per_sample(model, forget, |n| bar.advance(n as u64, ""));
         let logprobs: Vec<Vec<f32>> = scores.into_iter().map(|score| score.logprobs).collect();
         if options.world.is_first() {
             let spec = Spec { name: "logprobs".to_owned(), kind: Kind::Float, shape: vec![total as i64] };

@@ -154,6 +154,27 @@ impl Encoder {
         self.tokenizer.decode(&ids, true).unwrap_or_default()
     }
 
+    /// `prompt` and `text` as one text without template, with the tokens that reach into `text` scored; no end-of-text token is added.
+    ///
+    /// # Errors
+    /// A tokenizer that refuses the text, or makes no token of `text`.
+    pub fn continuation(&self, prompt: &str, text: &str) -> Result<Sample, DataError> {
+        let encoding = self.run(&[prompt, text].concat(), true)?;
+        let own = |at: &usize| encoding.get_special_tokens_mask()[*at] == 0;
+        let end = (0..encoding.len()).rfind(own).map_or(0, |last| last + 1);
+        let reaches = |&at: &usize| at > 0 && own(&at) && encoding.get_offsets()[at].1 > prompt.len();
+        let scored: Vec<u32> = (0..end).filter(reaches).map(|at| at as u32).collect();
+        if scored.is_empty() {
+            return Err(DataError::NothingScored);
+        }
+        Ok(Sample { tokens: ids(&encoding)[..end].to_vec(), scored })
+    }
+
+    /// Whether a token is none of the text: an end of text or of a turn, for example.
+    pub fn is_special(&self, token: i32) -> bool {
+        self.special.contains(&token)
+    }
+
     /// Whether generation stops at a token.
     pub fn ends_text(&self, token: i32) -> bool {
         self.eos.contains(&token)

@@ -1,0 +1,264 @@
+//! `[eval]`: what is measured of a model, when, and beside which other models. A suite runs where its table is there.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::data::Source;
+
+/// Numbers of the model before, during and after: likelihood of each set of `[data]`, and the suites whose tables are given.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Eval {
+    /// Evaluate before the first step.
+    pub before: bool,
+    /// Evaluate after the last step.
+    pub after: bool,
+    /// Evaluate every so many steps as well, or every `"2 epochs"`; 0 means not. Unit: steps.
+    pub every: Every,
+    /// Use at most the first so many samples of each set of `[data]`; 0 means all. Unit: samples.
+    pub max_samples: usize,
+    /// Run only these of the suites that have a table. Default: all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub suites: Option<Vec<SuiteName>>,
+    /// Model that never saw the forget data, for forget quality and PrivLeak: a model folder, a run folder, or a file of results.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retrained: Option<PathBuf>,
+    /// Model before unlearning, shown beside: a model folder, a run folder, or a file of results.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub original: Option<PathBuf>,
+    /// Model that the reference attack of `[eval.mia]` compares with: a model folder, a run folder, or a file of results.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference: Option<PathBuf>,
+    /// Folder of results of the other models, by digest of model, data and settings. Default `DIR/cache/eval`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
+    /// `openunlearning`: extraction strength has a floor of one token, as that program's loop leaves it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<EvalCompat>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tofu: Option<Tofu>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub muse: Option<Muse>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wmdp: Option<Wmdp>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub choice: Option<Choice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<Perplexity>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mia: Option<Mia>,
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Self {
+            before: true,
+            after: true,
+            every: Every::Steps(0),
+            max_samples: 400,
+            suites: None,
+            retrained: None,
+            original: None,
+            reference: None,
+            cache: None,
+            compat: None,
+            tofu: None,
+            muse: None,
+            wmdp: None,
+            choice: None,
+            perplexity: None,
+            mia: None,
+        }
+    }
+}
+
+impl Eval {
+    /// Whether a suite has a table and is not left out.
+    pub fn runs(&self, suite: SuiteName) -> bool {
+        let given = match suite {
+            SuiteName::Tofu => self.tofu.is_some(),
+            SuiteName::Muse => self.muse.is_some(),
+            SuiteName::Wmdp => self.wmdp.is_some(),
+            SuiteName::Choice => self.choice.is_some(),
+            SuiteName::Perplexity => self.perplexity.is_some(),
+            SuiteName::Mia => self.mia.is_some(),
+        };
+        given && self.suites.as_ref().is_none_or(|suites| suites.contains(&suite))
+    }
+
+    /// Whether a run evaluates at all.
+    pub fn happens(&self) -> bool {
+        self.before || self.after || self.every != Every::Steps(0)
+    }
+}
+
+/// How often a run evaluates.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Every {
+    Steps(usize),
+    Epochs(usize),
+}
+
+impl Every {
+    /// In steps, with so many of them an epoch; 0 means never.
+    pub fn steps(self, per_epoch: usize) -> usize {
+        match self {
+            Self::Steps(n) => n,
+            Self::Epochs(n) => n * per_epoch,
+        }
+    }
+}
+
+/// Suites with a table of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SuiteName {
+    Tofu,
+    Muse,
+    Wmdp,
+    Choice,
+    Perplexity,
+    Mia,
+}
+
+impl SuiteName {
+    pub const ALL: [Self; 6] = [Self::Tofu, Self::Muse, Self::Wmdp, Self::Choice, Self::Perplexity, Self::Mia];
+
+    /// The name of its table.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tofu => "tofu",
+            Self::Muse => "muse",
+            Self::Wmdp => "wmdp",
+            Self::Choice => "choice",
+            Self::Perplexity => "perplexity",
+            Self::Mia => "mia",
+        }
+    }
+}
+
+/// Programs whose numbers can be matched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum EvalCompat {
+    #[serde(rename = "openunlearning")]
+    OpenUnlearning,
+}
+
+/// TOFU (arXiv 2401.06121): forget quality, model utility and its nine parts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tofu {
+    /// Folder with the published files: `forget10_perturbed`, `retain_perturbed`, `real_authors_perturbed`, `world_facts_perturbed`, as JSON
+    /// lines, JSON or Parquet, or folders of them. Required.
+    pub path: PathBuf,
+    /// Which split was to be forgotten: `forget01`, `forget05` or `forget10`.
+    #[serde(default = "forget10")]
+    pub forget: String,
+    /// Use at most so many items of each set; 0 means all. Unit: items.
+    #[serde(default)]
+    pub limit: usize,
+    /// Let the model answer and compare with ROUGE; needed for model utility, and the slowest part.
+    #[serde(default = "yes")]
+    pub rouge: bool,
+    /// Longest answer that the model may write. Unit: tokens.
+    #[serde(default = "two_hundred")]
+    pub max_new_tokens: usize,
+}
+
+/// MUSE (arXiv 2407.06460): verbatim memorisation and knowledge memorisation. PrivLeak is in `[eval.mia]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Muse {
+    /// Passages as `{prompt, gt}`: the true continuation of each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verbmem: Option<PathBuf>,
+    /// Questions about what was to be forgotten, `{question, answer}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub knowmem_forget: Option<PathBuf>,
+    /// Examples before each of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub knowmem_forget_icl: Option<PathBuf>,
+    /// Questions about what was to be kept: the utility.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub knowmem_retain: Option<PathBuf>,
+    /// Examples before each of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub knowmem_retain_icl: Option<PathBuf>,
+    /// Use at most so many items of each set; 0 means all. Unit: items.
+    #[serde(default)]
+    pub limit: usize,
+}
+
+/// WMDP (arXiv 2403.03218): four-choice questions about biology, cybersecurity and chemistry, without examples.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Wmdp {
+    /// Folder with `bio`, `cyber` and `chem` (or `wmdp-bio`, ...): those that are there are run. Required.
+    pub path: PathBuf,
+    /// Use at most so many questions of each, spread over the file; 0 means all. Unit: questions.
+    #[serde(default)]
+    pub limit: usize,
+}
+
+/// Multiple choice as in MMLU: `{question, choices, answer[, subject]}`, prompts of the lm-evaluation-harness.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Choice {
+    /// File or data set folder with the questions. Required.
+    pub path: PathBuf,
+    /// Which split of a data set folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<String>,
+    /// File or data set folder with the examples that come before a question; those of the same subject, in their order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub examples: Option<PathBuf>,
+    /// Examples before a question; needs `examples`. Unit: examples.
+    #[serde(default)]
+    pub shots: usize,
+    /// Use at most so many questions, spread over the file; 0 means all. Unit: questions.
+    #[serde(default)]
+    pub limit: usize,
+}
+
+/// Perplexity on running text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Perplexity {
+    /// Texts, of kind `text`. Required.
+    pub source: Source,
+    /// Put all texts together with blank lines between and cut windows of `data.max_length`, instead of each text for itself.
+    #[serde(default = "yes")]
+    pub join: bool,
+}
+
+/// Membership inference: can an attacker tell what was to be forgotten from texts that were never seen?
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Mia {
+    /// Texts that were to be forgotten. Default: `data.forget`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forget: Option<Source>,
+    /// Texts like them that no model has seen. Required.
+    pub holdout: Source,
+    /// Share of the least likely tokens that Min-k% and Min-k%++ look at.
+    #[serde(default = "two_fifths")]
+    pub k: f64,
+}
+
+fn forget10() -> String {
+    "forget10".to_owned()
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn two_hundred() -> usize {
+    200
+}
+
+fn two_fifths() -> f64 {
+    0.4
+}
