@@ -146,7 +146,7 @@ impl Evaluator {
         Ok(scores)
     }
 
-    fn measure(
+    pub(super) fn measure(
         &self,
         asked: Asked,
         encoder: &Encoder,

@@ -1,5 +1,6 @@
 //! One run, from a checked configuration to an exported model: [`run`] reads top to bottom.
 
+pub mod attack;
 mod error;
 mod evaluation;
 mod fault;
@@ -51,6 +52,7 @@ use resume::Start;
 use saving::{Next, Saver};
 
 /// What a run is given besides its configuration.
+#[derive(Clone)]
 pub struct Context {
     pub world: World,
     /// What this rank computes on.

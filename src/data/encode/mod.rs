@@ -135,6 +135,50 @@ impl Encoder {
         Ok(ids(&self.run(&chat::prompt(self.required(template)?, &messages)?, false)?))
     }
 
+    /// A question with its answer, of which only that is scored, behind other questions with their answers.
+    ///
+    /// # Errors
+    /// As [`Self::encode`]; a sample of more than `max_length` tokens is an error here.
+    pub fn behind(
+        &self,
+        examples: &[(&str, &str)],
+        question: &str,
+        answer: &str,
+        max_length: usize,
+    ) -> Result<Sample, DataError> {
+        let sample = match &self.form {
+            Form::PromptAnswer(template) => {
+                let shown = examples.iter().map(|(question, answer)| {
+                    let (prompt, answer) = template.fill(question, answer);
+                    format!("{prompt}{answer}\n\n")
+                });
+                let (prompt, answer) = template.fill(question, answer);
+                let prompt = shown.chain([prompt]).collect::<String>();
+                let mut sample = self.continuation(&prompt, &answer)?;
+                sample.scored.push(sample.tokens.len() as u32);
+                sample.tokens.push(self.eos[0]);
+                sample
+            }
+            Form::Chat(_) => {
+                let turn = |role, text: &str| Message { role, content: text.to_owned() };
+                let pair = |question: &str, answer: &str| [turn(Role::User, question), turn(Role::Assistant, answer)];
+                let shown = examples.iter().flat_map(|(question, answer)| pair(question, answer));
+                let system = self.system.iter().map(|text| turn(Role::System, text));
+                let messages: Vec<_> = system.chain(shown).chain(pair(question, answer)).collect();
+                let asked = self.turns(&messages[..messages.len() - 1])?.len() as u32;
+                let record = Record::plain(0, Content::Chat(messages));
+                let mut samples = self.encode(&record, usize::MAX)?.samples;
+                let mut sample = samples.pop().ok_or(DataError::NothingScored)?;
+                sample.scored.retain(|&at| at >= asked);
+                sample
+            }
+        };
+        match sample.tokens.len() {
+            len if len > max_length => Err(DataError::TooLong { len, max_length }),
+            _ => Ok(sample),
+        }
+    }
+
     /// The tokens of a text that is to be continued; begin-of-text tokens where the tokenizer puts them.
     ///
     /// # Errors
