@@ -20,7 +20,7 @@ use crate::config::{self, Precision, Template, TemplateName};
 use crate::data::{Encoder, Message, Role};
 use crate::eval::generate::{Ended, GenerateOptions, Generation, Sampling, generate as continue_all};
 use crate::model::sharding::Table;
-use crate::model::{Architecture, Decoder, LogitsPool, Weights, families};
+use crate::model::{Architecture, Decoder, LogitsPool, families};
 use crate::telemetry::{Clock, Console, LogFormat};
 
 /// Longest wait for ranks that read files or have more to write.
@@ -165,10 +165,9 @@ fn generate_on(ranks: &Ranks, options: &GenerateArguments, launched: &Launched) 
     }
     let mut bar = console.progress("writing", prompts.len().div_ceil(world.mesh.dp) as u64, "prompts");
     let start = Instant::now();
-    let run = |weights: &Weights| {
-        continue_all(&decoder, weights, &encoder, &prompts, &how, &world, |n| bar.advance(n as u64, ""))
-    };
-    let generations = tch::no_grad(|| run(&weights))?;
+    let generations = tch::no_grad(|| {
+        continue_all(&decoder, &weights, &encoder, &prompts, &how, &world, |n| bar.advance(n as u64, ""))
+    })?;
     let seconds = start.elapsed().as_secs_f64();
     drop(bar);
     if world.is_first() {

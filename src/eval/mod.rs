@@ -1,6 +1,7 @@
 //! Numbers about a model on a data set. Work is spread over the data-parallel ranks; every rank gets the same result.
 
 pub mod attack;
+pub mod compare;
 mod error;
 pub mod generate;
 pub mod likelihood;
@@ -9,6 +10,7 @@ pub mod scores;
 pub mod statistics;
 pub mod suites;
 pub mod text;
+pub mod tradeoff;
 
 pub use error::EvalError;
 pub use likelihood::{LikelihoodScores, per_sample, summarise};

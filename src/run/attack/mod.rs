@@ -17,6 +17,7 @@ use crate::config::{Attack, Config, Eval, QuantisationName, Template, TemplateNa
 use crate::data::{Dataset, Encoder};
 use crate::eval::attack::{Quantisation, latent, put_latent, quantise};
 use crate::eval::{Asked, Evaluation, Metric};
+use crate::model::Weights;
 use crate::train::Adversary;
 
 /// What `dunlearn attack` is told besides the configuration.
@@ -106,7 +107,7 @@ fn still(
     let evaluator = Evaluator::new(&asking, &encoder, &named, context)?;
     let facts = facts(&target.folder, config, world)?;
     let model = Frozen::load(facts, config, world, context.device, &context.console)?;
-    let measure = |weights, label: &str| {
+    let measure = |weights: &Weights, label: &str| {
         let asked = Asked { weights, ..model.asked(world, forward(config)) };
         evaluator.measure(asked, &encoder, label, &model.facts, context)
     };
