@@ -64,8 +64,8 @@ pub(super) fn attack(options: &AttackArguments, launched: &Launched, started: In
 }
 
 /// What a reader looks at first.
-const USUAL: [&str; 4] =
-    [".forget.probability", ".forget.extraction_strength", ".forget.token_accuracy", ".retain.probability"];
+const USUAL: [&str; 5] =
+    [".forget.probability", ".forget.extraction_strength", ".forget.token_accuracy", ".retain.probability", ".score"];
 
 /// A line an attack and metric, a column a model.
 fn beside(out: &Evaluation, metrics: &[String]) -> String {

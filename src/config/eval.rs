@@ -272,6 +272,14 @@ pub struct Attack {
     pub benign: Option<Benign>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rtt: Option<Rtt>,
+    /// Put values of the original model into the unlearned one in windows of so many layers and see what comes back (KRS, arXiv 2410.06606);
+    /// needs the original model. Unit: layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub krs: Option<usize>,
+    /// Field of `data.forget`, of kind `qa`, with the part of the answer that is the knowledge: how deep it is gone (unlearning depth score,
+    /// arXiv 2605.24614); needs the original model and `eval.retrained`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub depth: Option<String>,
 }
 
 impl Default for Attack {
@@ -285,6 +293,8 @@ impl Default for Attack {
             relearn: None,
             benign: None,
             rtt: None,
+            krs: None,
+            depth: None,
         }
     }
 }

@@ -458,6 +458,14 @@ fn attack(attack: &Attack, config: &Config) -> Result<(), ConfigError> {
     if forget.is_none() {
         return Err(ConfigError::value("eval.attack", "needs data.forget: what is to be brought back".to_owned()));
     }
+    if attack.depth.is_some() && !qa {
+        return needs("depth");
+    }
+    if attack.depth.is_some() && config.eval.retrained.is_none() {
+        let reason = "needs eval.retrained, a model that never saw the forget data".to_owned();
+        return Err(ConfigError::value("eval.attack.depth", reason));
+    }
+    positive("eval.attack.krs", attack.krs.unwrap_or(1) as f64)?;
     if let Some(latent) = &attack.latent {
         positive("eval.attack.latent.radius", latent.radius)?;
         positive("eval.attack.latent.steps", latent.steps as f64)?;

@@ -5,6 +5,7 @@ pub mod compare;
 mod error;
 pub mod generate;
 pub mod likelihood;
+pub mod probe;
 pub mod record;
 pub mod scores;
 pub mod statistics;

@@ -89,8 +89,16 @@ impl Encoder {
         if max_length < 2 {
             return Err(DataError::MaxLength { found: max_length });
         }
-        let passage = match (&record.content, &self.form) {
-            (Content::Text(text), _) => return self.windows(text, max_length),
+        match &record.content {
+            Content::Text(text) => self.windows(text, max_length),
+            _ => self.sample(&self.passage(record)?, max_length),
+        }
+    }
+
+    /// The text of a question with its answer, or of a chat, and where its answers are.
+    fn passage(&self, record: &Record) -> Result<Passage, DataError> {
+        Ok(match (&record.content, &self.form) {
+            (Content::Text(_), _) => return Err(DataError::NothingScored),
             (Content::Qa { question, answer }, Form::PromptAnswer(template)) => {
                 let (prompt, answer) = template.fill(question, answer);
                 let text = prompt.clone() + &answer;
@@ -106,8 +114,7 @@ impl Encoder {
             }
             (Content::Chat(messages), Form::Chat(template)) => chat::passage(self.required(template)?, messages)?,
             (Content::Chat(_), Form::PromptAnswer(_)) => return Err(DataError::ChatNeedsChatTemplate),
-        };
-        self.sample(&passage, max_length)
+        })
     }
 
     /// What a model is given that is to answer `question`: up to where the answer of a sample begins.
@@ -177,6 +184,24 @@ impl Encoder {
             len if len > max_length => Err(DataError::TooLong { len, max_length }),
             _ => Ok(sample),
         }
+    }
+
+    /// Positions of the tokens that reach into `part` of a record's last answer, in the sample that [`Self::encode`] makes; none where
+    /// the answer does not hold it.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn part_of_answer(&self, record: &Record, part: &str) -> Result<Vec<u32>, DataError> {
+        let passage = self.passage(record)?;
+        let Some(turn) = passage.turns.last() else { return Ok(Vec::new()) };
+        let Some(at) = passage.text[turn.clone()].find(part) else { return Ok(Vec::new()) };
+        let (start, end) = (turn.start + at, turn.start + at + part.len());
+        let encoding = self.run(&passage.text, !passage.is_chat)?;
+        let reaches = |&p: &usize| {
+            let (first, last) = encoding.get_offsets()[p];
+            p > 0 && first < end && last > start
+        };
+        Ok((0..encoding.len()).filter(reaches).map(|p| p as u32).collect())
     }
 
     /// The tokens of a text that is to be continued; begin-of-text tokens where the tokenizer puts them.

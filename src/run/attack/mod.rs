@@ -4,6 +4,7 @@
 //! What changes weights or questions is measured here ([`Attacked`]); what trains is a run of its own under `attacks/`
 //! ([`training`]).
 
+mod probes;
 mod prompts;
 mod training;
 
@@ -55,6 +56,7 @@ pub fn attack(config: &Config, options: &AttackOptions, context: &Context) -> Re
         still(config, &settings, target, context, &mut all)?;
         training::train(config, &settings, target, context, &mut all)?;
     }
+    probes::probe(config, &settings, &targets, context, &mut all)?;
     let mut out = all.out.expect("invariant: there is a model under attack");
     out.seconds.insert(LABEL.to_owned(), started.elapsed().as_secs_f64());
     if context.world.is_first() {
