@@ -9,12 +9,14 @@ use std::sync::Arc;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::CheckpointError;
 use super::tensor_file::{Spec, kind};
 use crate::abi::storage::{map_file, map_tensor};
-use crate::model::sharding::{Piece, Table};
+use crate::abi::upload::fill;
+use crate::model::Weights;
+use crate::model::sharding::{Param, Piece, Table};
 
 /// Weight files of one model, open for reading.
 pub struct Folder {
@@ -105,6 +107,27 @@ impl Folder {
             tensor = tensor.narrow(dim as i64, start, len);
         }
         Ok(tensor)
+    }
+
+    /// This rank's shards of the whole model in `kind`, for a model that is only asked; names and shapes were checked before.
+    /// `advance` is called for each slice that is read.
+    pub fn weights(
+        &self,
+        table: &Table,
+        kind: Kind,
+        device: Device,
+        mut advance: impl FnMut(),
+    ) -> Result<Weights, CheckpointError> {
+        let one = |param: &Param| {
+            let target = Tensor::empty(&param.shape, (kind, device));
+            for piece in &param.pieces {
+                fill(&target.narrow(0, piece.row, piece.size[0]), &self.slice(piece)?);
+                advance();
+            }
+            Ok(target)
+        };
+        let tensors: Result<Vec<Tensor>, CheckpointError> = table.params.iter().map(one).collect();
+        Ok(Weights::new(tensors?))
     }
 
     /// A whole stored tensor, in its stored kind; nothing is read until it is used.

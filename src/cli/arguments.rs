@@ -45,6 +45,10 @@ pub(super) enum Verb {
     },
     /// Compare this machine's devices, or the ranks of a launcher, with one CPU: losses, gradients and weights of small models
     Check(CheckOptions),
+    /// Try to bring back what a run's model has forgotten: quantised weights, other questions, hidden states, relearning
+    Attack(super::attack::AttackArguments),
+    /// Ask a model: continue prompts; under a launcher the ranks share the model and the prompts
+    Generate(super::generate::GenerateArguments),
     /// Write the model of a run's checkpoint as a Hugging Face folder; under a launcher all ranks write files
     Export(ExportOptions),
     /// List, verify and compare checkpoints

@@ -5,12 +5,14 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod arguments;
+mod attack;
 mod bench;
 mod check;
 mod checkpoint;
 mod device;
 mod ending;
 mod eval;
+mod generate;
 mod launch;
 mod methods;
 mod run;
@@ -65,6 +67,8 @@ pub fn main() -> ExitCode {
         Some(Verb::Bench { verb: BenchVerb::Checkpoint(options) }) => bench::checkpoint(&options, &launched),
         Some(Verb::Check(options)) => check::check(&options, &launched),
         Some(Verb::Eval(options)) => eval::eval(&options, &launched, started),
+        Some(Verb::Attack(options)) => attack::attack(&options, &launched, started),
+        Some(Verb::Generate(options)) => generate::generate(&options, &launched),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
         Some(Verb::Weights { verb }) => weights::weights(&verb, &launched, started),

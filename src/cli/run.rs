@@ -170,7 +170,7 @@ impl Ranks {
 }
 
 /// Under mpirun standard error is a pipe, whatever lies behind it: `DUNLEARN_PROGRESS=bar` says that it is a terminal.
-fn progress_mode(choice: ProgressChoice, rank: usize, format: LogFormat) -> ProgressMode {
+pub(super) fn progress_mode(choice: ProgressChoice, rank: usize, format: LogFormat) -> ProgressMode {
     let terminal =
         || host::stderr_is_terminal() || std::env::var("DUNLEARN_PROGRESS").is_ok_and(|choice| choice == "bar");
     match choice {

@@ -49,6 +49,9 @@ pub struct Eval {
     pub perplexity: Option<Perplexity>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mia: Option<Mia>,
+    /// What `dunlearn attack` tries on the run's model; a run itself does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attack: Option<Attack>,
 }
 
 impl Default for Eval {
@@ -70,6 +73,7 @@ impl Default for Eval {
             choice: None,
             perplexity: None,
             mia: None,
+            attack: None,
         }
     }
 }
@@ -245,6 +249,149 @@ pub struct Mia {
     /// Share of the least likely tokens that Min-k% and Min-k%++ look at.
     #[serde(default = "two_fifths")]
     pub k: f64,
+}
+
+/// Attempts to bring back what was forgotten, each on the model that was unlearned and, where they are given, on `eval.original` and
+/// `eval.retrained`. What every attack is measured by is the sets of `[data]` and the suites.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Attack {
+    /// Store the matrices of the layers in these codes: `int8` (a scale a row), `int4` (a scale for 128 columns), both rounded to nearest, and
+    /// `nf4` (NormalFloat, a scale for 64 columns).
+    pub quantise: Vec<QuantisationName>,
+    /// Ask with the paraphrase that stands in this field of each sample of `data.forget`, of kind `qa`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paraphrase: Option<String>,
+    /// Put so many other questions of `data.forget` with their answers before each question; 0 means not. Unit: questions.
+    pub in_context: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latent: Option<Latent>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relearn: Option<Relearn>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub benign: Option<Benign>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rtt: Option<Rtt>,
+    /// Put values of the original model into the unlearned one in windows of so many layers and see what comes back (KRS, arXiv 2410.06606);
+    /// needs the original model. Unit: layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub krs: Option<usize>,
+    /// Field of `data.forget`, of kind `qa`, with the part of the answer that is the knowledge: how deep it is gone (unlearning depth score,
+    /// arXiv 2605.24614); needs the original model and `eval.retrained`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub depth: Option<String>,
+}
+
+impl Default for Attack {
+    fn default() -> Self {
+        use QuantisationName::{Int4, Int8, Nf4};
+        Self {
+            quantise: vec![Int8, Int4, Nf4],
+            paraphrase: None,
+            in_context: 0,
+            latent: None,
+            relearn: None,
+            benign: None,
+            rtt: None,
+            krs: None,
+            depth: None,
+        }
+    }
+}
+
+/// Codes of quantised weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum QuantisationName {
+    Int8,
+    Int4,
+    Nf4,
+}
+
+/// A perturbation of the hidden states of each forget sample that makes its answer likelier (arXiv 2408.10682), and what is reached with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Latent {
+    /// Layer whose input is perturbed. Required.
+    pub layer: usize,
+    /// Largest L2 norm of a sample's perturbation over all its tokens.
+    #[serde(default = "eight")]
+    pub radius: f64,
+    /// Steps of normalised gradient descent, each as long as the radius divided by their number.
+    #[serde(default = "six")]
+    pub steps: usize,
+}
+
+/// Fine-tuning on a part of the forget data; measured on the part that stays out, over the steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Relearn {
+    /// Share of the samples of `data.forget` that is trained on; with 1 all are trained on and measured.
+    pub fraction: f64,
+    pub training: Training,
+}
+
+/// Fine-tuning on data that holds none of the answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Benign {
+    /// Samples to train on. Required.
+    pub source: Source,
+    #[serde(default)]
+    pub training: Training,
+}
+
+/// Retraining on all but one part of the forget data, measured on that part, each part once (RTT, arXiv 2410.08827).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rtt {
+    /// Parts.
+    pub folds: usize,
+    /// Epochs over the other parts. Unit: epochs.
+    pub epochs: usize,
+    /// Samples of a step.
+    pub batch: usize,
+    /// Learning rate, without decay. The paper tries several up to this one and takes the best.
+    pub lr: f64,
+}
+
+/// How an attack trains: AdamW without decay at a constant rate, on all parameters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Training {
+    /// Unit: steps.
+    pub steps: usize,
+    /// Samples of a step.
+    pub batch: usize,
+    pub lr: f64,
+    /// Measure every so many steps. Unit: steps.
+    pub every: usize,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Self { steps: 60, batch: 4, lr: 1e-5, every: 15 }
+    }
+}
+
+impl Default for Relearn {
+    fn default() -> Self {
+        Self { fraction: 0.1, training: Training::default() }
+    }
+}
+
+impl Default for Rtt {
+    fn default() -> Self {
+        Self { folds: 5, epochs: 6, batch: 4, lr: 5e-6 }
+    }
+}
+
+fn eight() -> f64 {
+    8.0
+}
+
+fn six() -> usize {
+    6
 }
 
 fn forget10() -> String {

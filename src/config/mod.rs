@@ -14,7 +14,7 @@ mod subspace;
 mod validate;
 mod words;
 
-pub use data::{Fields, Kind, Source, Template, TemplateName};
+pub use data::{ExplicitTemplate, Fields, Kind, Source, Template, TemplateName};
 pub use error::ConfigError;
 pub use eval::*;
 pub use load::{any_from_file, digest, evaluation_from_file, from_file, from_str, json_schema, to_json, to_toml};

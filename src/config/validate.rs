@@ -2,7 +2,7 @@
 
 use super::data::Kind;
 use super::error::ConfigError;
-use super::eval::{Eval, SuiteName};
+use super::eval::{Attack, Eval, SuiteName, Training};
 use super::method::{Compat, Method, Objective, Positions, Retain};
 use super::schema::{Config, Device, Dp, Export, Optimizer, OptimizerName, StateDtype};
 use super::scope::{LoraInit, Mask, Score, Unit};
@@ -389,8 +389,8 @@ fn eval(config: &Config) -> Result<(), ConfigError> {
         return Err(ConfigError::value("eval.suites", reason));
     }
     let runs = |suite| eval.runs(suite);
-    if eval.retrained.is_some() && !(runs(SuiteName::Tofu) || runs(SuiteName::Mia)) {
-        let when = "without [eval.tofu] or [eval.mia]";
+    if eval.retrained.is_some() && !(runs(SuiteName::Tofu) || runs(SuiteName::Mia) || eval.attack.is_some()) {
+        let when = "without [eval.tofu], [eval.mia] or [eval.attack]";
         return no_effect("eval.retrained", when, "remove it or add such a table");
     }
     if eval.reference.is_some() && !runs(SuiteName::Mia) {
@@ -422,6 +422,9 @@ fn eval(config: &Config) -> Result<(), ConfigError> {
         let reason = format!("is {:?}; perplexity is of running text, write \"text\"", perplexity.source.kind.name());
         return Err(ConfigError::value("eval.perplexity.source.kind", reason));
     }
+    if let Some(settings) = &eval.attack {
+        attack(settings, config)?;
+    }
     if let Some(mia) = &eval.mia {
         check("eval.mia.k", mia.k, mia.k > 0.0 && mia.k <= 1.0, "a number in (0, 1]")?;
         if mia.forget.is_none() && config.data.forget.is_none() {
@@ -441,6 +444,61 @@ fn eval(config: &Config) -> Result<(), ConfigError> {
         if muse.verbmem.is_none() && muse.knowmem_forget.is_none() && muse.knowmem_retain.is_none() {
             let reason = "names no set; write verbmem, knowmem_forget or knowmem_retain";
             return Err(ConfigError::value("eval.muse", reason));
+        }
+    }
+    Ok(())
+}
+
+fn attack(attack: &Attack, config: &Config) -> Result<(), ConfigError> {
+    let forget = config.data.forget.as_ref();
+    let needs = |key: &str| {
+        Err(ConfigError::value(&format!("eval.attack.{key}"), "needs data.forget, of kind \"qa\"".to_owned()))
+    };
+    let qa = forget.is_some_and(|source| source.kind == Kind::Qa);
+    if attack.paraphrase.is_some() && !qa {
+        return needs("paraphrase");
+    }
+    if attack.in_context > 0 && !qa {
+        return needs("in_context");
+    }
+    if forget.is_none() {
+        return Err(ConfigError::value("eval.attack", "needs data.forget: what is to be brought back".to_owned()));
+    }
+    if attack.depth.is_some() && !qa {
+        return needs("depth");
+    }
+    if attack.depth.is_some() && config.eval.retrained.is_none() {
+        let reason = "needs eval.retrained, a model that never saw the forget data".to_owned();
+        return Err(ConfigError::value("eval.attack.depth", reason));
+    }
+    positive("eval.attack.krs", attack.krs.unwrap_or(1) as f64)?;
+    if let Some(latent) = &attack.latent {
+        positive("eval.attack.latent.radius", latent.radius)?;
+        positive("eval.attack.latent.steps", latent.steps as f64)?;
+    }
+    let training = |key: &str, training: &Training| {
+        for (name, value) in [
+            ("steps", training.steps as f64),
+            ("batch", training.batch as f64),
+            ("lr", training.lr),
+            ("every", training.every as f64),
+        ] {
+            positive(&format!("eval.attack.{key}.training.{name}"), value)?;
+        }
+        Ok(())
+    };
+    if let Some(relearn) = &attack.relearn {
+        let fraction = relearn.fraction;
+        check("eval.attack.relearn.fraction", fraction, fraction > 0.0 && fraction <= 1.0, "a number in (0, 1]")?;
+        training("relearn", &relearn.training)?;
+    }
+    if let Some(benign) = &attack.benign {
+        training("benign", &benign.training)?;
+    }
+    if let Some(rtt) = &attack.rtt {
+        check("eval.attack.rtt.folds", rtt.folds as f64, rtt.folds >= 2, "at least 2")?;
+        for (name, value) in [("epochs", rtt.epochs as f64), ("batch", rtt.batch as f64), ("lr", rtt.lr)] {
+            positive(&format!("eval.attack.rtt.{name}"), value)?;
         }
     }
     Ok(())

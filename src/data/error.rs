@@ -53,6 +53,11 @@ pub enum DataError {
     #[error("{}:{line}: {source}", path.display())]
     Sample { path: PathBuf, line: usize, source: Box<DataError> },
 
+    #[error(
+        "with the examples before it the sample has {len} tokens, data.max_length is {max_length}; show fewer examples or raise it"
+    )]
+    TooLong { len: usize, max_length: usize },
+
     #[error("{}", prompt_fills_window(self))]
     PromptFillsWindow {
         path: PathBuf,

@@ -10,7 +10,8 @@ use super::tcp::{Peers, Tcp};
 use super::watchdog::Watchdog;
 use crate::abi::nccl::{Comm, Nccl as Library, UniqueId};
 
-/// One rank's view of the job.
+/// One rank's view of the job. Clones are of the same groups.
+#[derive(Clone)]
 pub struct World {
     pub mesh: Mesh,
     /// All ranks.

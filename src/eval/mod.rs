@@ -1,9 +1,11 @@
 //! Numbers about a model on a data set. Work is spread over the data-parallel ranks; every rank gets the same result.
 
+pub mod attack;
 pub mod compare;
 mod error;
 pub mod generate;
 pub mod likelihood;
+pub mod probe;
 pub mod record;
 pub mod scores;
 pub mod statistics;

@@ -65,8 +65,8 @@ pub(super) fn forward(
     (y, tape)
 }
 
-/// Gives the half block's output, with attention as `attend(layer, q k v, shape)` computes it; keeps nothing.
-pub(super) fn extend(
+/// Gives what the half block adds to its input, with attention as `attend(layer, q k v, shape)` computes it; keeps nothing.
+pub(super) fn addition(
     model: &Decoder,
     weights: &Weights,
     layer: usize,
@@ -76,10 +76,7 @@ pub(super) fn extend(
 ) -> Tensor {
     let (projected, _, _) = enter(model, weights, layer, batch, x);
     let mixed = attend(layer, &inputs(model, &projected), core_shape(model, layer));
-    let partial = linear::forward(model, weights, layer, model.table.layers[layer].output, &mixed);
-    let mut y = model.reduce_tokens(partial);
-    let _ = y.g_add_(x);
-    y
+    model.reduce_tokens(linear::forward(model, weights, layer, model.table.layers[layer].output, &mixed))
 }
 
 /// Turns the gradient of the output into that of the input, in place.

@@ -151,7 +151,7 @@ impl Decoder {
     ) -> Tensor {
         let mut x = self.enter(weights, batch);
         for layer in 0..self.arch.num_layers {
-            let run = || attention::extend(self, weights, layer, batch, &x, attend);
+            let run = || attention::addition(self, weights, layer, batch, &x, attend) + &x;
             let y = self.clock.time(Part::Attention, run);
             x = self.clock.time(Part::Mlp, || mlp::forward(self, weights, layer, y, super::Keep::Nothing)).0;
         }

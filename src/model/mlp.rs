@@ -43,6 +43,18 @@ pub(super) fn forward(
     (y, tape)
 }
 
+/// Gives what the half block adds to its input, from an activation that `change` may replace; keeps nothing.
+pub(super) fn addition(
+    model: &Decoder,
+    weights: &Weights,
+    layer: usize,
+    x: &Tensor,
+    change: &mut dyn FnMut(Tensor) -> Tensor,
+) -> Tensor {
+    let activation = change(swiglu::forward(&inside(model, weights, layer, x).0.gate_up));
+    model.reduce_tokens(linear::forward(model, weights, layer, model.table.layers[layer].down, &activation))
+}
+
 /// Turns the gradient of the output into that of the input, in place.
 pub(super) fn backward(
     model: &Decoder,

@@ -18,6 +18,7 @@ mod mlp;
 pub mod published;
 mod rope;
 pub mod sharding;
+mod sites;
 mod weights;
 
 pub use architecture::Architecture;
@@ -27,6 +28,7 @@ pub use decoder::{Decoder, Keep, Tape};
 pub use head::distribution::{Distribution, OfDistribution};
 pub use head::{Divergence, LogitsPool, ReferenceHead, Rows, Scores};
 pub use rope::{Rope, Scaling};
+pub use sites::Site;
 pub use weights::{Gradients, Weights};
 
 use std::path::PathBuf;

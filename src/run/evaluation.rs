@@ -161,7 +161,7 @@ impl Evaluator {
         self.measure(asked, &inputs.encoder, label, &facts, context)
     }
 
-    fn measure(
+    pub(super) fn measure(
         &self,
         asked: Asked,
         encoder: &Encoder,

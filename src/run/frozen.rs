@@ -6,20 +6,19 @@ use std::rc::Rc;
 use tch::{Device, Kind};
 
 use super::RunError;
-use super::inputs::{layout_of, model_digest};
+use super::inputs::model_digest;
 use crate::checkpoint::Folder;
 use crate::config::{Config, Precision};
 use crate::dist::World;
 use crate::eval::{Asked, ForwardOptions, ModelFacts};
 use crate::model::sharding::Table;
-use crate::model::{Decoder, LogitsPool, families};
+use crate::model::{Decoder, LogitsPool, Weights, families};
 use crate::telemetry::{Clock, Console};
-use crate::train::Parameters;
 
 /// This rank's part of it.
 pub(super) struct Frozen {
-    decoder: Decoder,
-    parameters: Parameters,
+    pub(super) decoder: Decoder,
+    pub(super) weights: Weights,
     pub(super) facts: ModelFacts,
 }
 
@@ -57,21 +56,16 @@ impl Frozen {
     ) -> Result<Self, RunError> {
         let arch = families::read(&facts.path)?;
         let (mesh, spread) = (world.mesh, config.parallel.sequence_parallel);
-        let mut table = Table::new(&arch, mesh.tp, mesh.tp_rank(), spread)?;
+        let table = Table::new(&arch, mesh.tp, mesh.tp_rank(), spread)?;
         let folder = Folder::open(&facts.path)?;
         folder.check(&table)?;
-        table.freeze(|_| false);
         let kind = match config.train.precision {
             Precision::Bf16 => Kind::BFloat16,
             Precision::F32 => Kind::Float,
         };
         let pieces: usize = table.params.iter().map(|param| param.pieces.len()).sum();
         let mut bar = console.progress("model", pieces as u64, "slices");
-        let layout = layout_of(&table, config, world);
-        let parameters = Parameters::new(&table, layout, kind, device, |_, piece| {
-            bar.advance(1, "");
-            folder.slice(piece)
-        })?;
+        let weights = folder.weights(&table, kind, device, || bar.advance(1, ""))?;
         let decoder = Decoder {
             arch,
             table,
@@ -81,10 +75,10 @@ impl Frozen {
             clock: Clock::default(),
             logits: LogitsPool::default(),
         };
-        Ok(Self { decoder, parameters, facts })
+        Ok(Self { decoder, weights, facts })
     }
 
     pub(super) fn asked<'a>(&'a self, world: &'a World, forward: ForwardOptions) -> Asked<'a> {
-        Asked { decoder: &self.decoder, weights: &self.parameters.weights, world, forward }
+        Asked { decoder: &self.decoder, weights: &self.weights, world, forward }
     }
 }

@@ -1,5 +1,6 @@
 //! One run, from a checked configuration to an exported model: [`run`] reads top to bottom.
 
+pub mod attack;
 mod calibrate;
 mod error;
 mod evaluation;
@@ -57,6 +58,7 @@ use saving::{Next, Saver};
 use trained::Trained;
 
 /// What a run is given besides its configuration.
+#[derive(Clone)]
 pub struct Context {
     pub world: World,
     /// What this rank computes on.

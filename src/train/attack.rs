@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use crate::abi::upload::upload_tensor;
+use crate::abi::upload::{upload, upload_tensor};
 use crate::data::{MicroBatch, Stream};
 use crate::model::init::Stream as Draw;
 use crate::model::sharding::ParamId;
-use crate::model::{Batch, Decoder, Gradients, Keep, Weights};
+use crate::model::{Batch, Decoder, Gradients, Keep, Scores, Weights};
 
 /// How the forget samples are perturbed.
 ///
@@ -38,6 +38,38 @@ pub(super) struct Target<'a> {
 }
 
 impl Adversary {
+    /// Pass 1 over the scored tokens of a micro-batch of forget samples, with the perturbation that makes them likeliest.
+    ///
+    /// `key`: names the draw. All ranks of the tensor-parallel group call it.
+    pub fn scores(
+        &self,
+        decoder: &Decoder,
+        weights: &Weights,
+        micro_batch: &MicroBatch,
+        logits_bytes: f64,
+        seed: u64,
+        key: &str,
+    ) -> Scores {
+        let batch = decoder.batch(&micro_batch.tokens, &micro_batch.lengths());
+        let (positions, targets) =
+            (upload(&micro_batch.positions, decoder.device), upload(&micro_batch.targets, decoder.device));
+        let x = decoder.enter(weights, &batch);
+        let (x, _) = decoder.through(weights, &batch, x, 0..self.edge, Keep::Nothing);
+        let target = Target {
+            decoder,
+            weights,
+            batch: &batch,
+            micro_batch,
+            positions: &positions,
+            targets: &targets,
+            logits_bytes,
+        };
+        let x = &x + self.perturb(&target, &x, seed, key);
+        let (y, _) = decoder.through(weights, &batch, x, self.edge..decoder.arch.num_layers, Keep::Nothing);
+        let rows = decoder.rows(weights, &decoder.all_tokens(&y), &positions, logits_bytes);
+        decoder.scores(weights, &rows, &targets, false)
+    }
+
     /// The perturbation of this rank's part of the rows, in their kind; 0 where no forget sample is.
     ///
     /// `x`: this rank's rows that enter the layer. `key`: names the draw. All ranks of a tensor-parallel group call it.

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::layout::Layout;
 use super::selection::Selection;
-use crate::abi::upload::upload_tensor;
+use crate::abi::upload::fill;
 use crate::dist::Group;
 use crate::model::Weights;
 use crate::model::sharding::{ParamId, Piece, Table};
@@ -155,24 +155,6 @@ fn buckets<E>(
         }
     }
     Ok((flat, masters))
-}
-
-/// Bytes that go to a device at once: the size of the page-locked buffer that libtorch keeps for it.
-const STAGE: i64 = 64 << 20;
-
-/// Copies a tensor of the host, mapped or computed, or of the device, into `target`, converted on the target's side.
-fn fill(target: &Tensor, source: &Tensor) {
-    let mut target = target.shallow_clone();
-    if target.device() == source.device() {
-        return target.copy_(source);
-    }
-    let row = (source.numel() as i64 / source.size()[0].max(1)).max(1) * source.kind().elt_size_in_bytes() as i64;
-    let rows = (STAGE / row).max(1);
-    for first in (0..source.size()[0]).step_by(rows as usize) {
-        let len = rows.min(source.size()[0] - first);
-        let part = upload_tensor(&source.narrow(0, first, len).contiguous(), target.device());
-        target.narrow(0, first, len).copy_(&part);
-    }
 }
 
 /// One tensor for each parameter of the table: a view into `flat` (one buffer a bucket), or the next of `frozen`.

@@ -7,6 +7,8 @@ use dunlearn::model::Architecture;
 use serde_json::{Value, json};
 use tch::Kind;
 
+use crate::program::{dunlearn, mpirun};
+use crate::runs;
 use crate::tiny::{self, Spread};
 
 const CASES: [&str; 3] = ["llama", "mistral_window", "qwen3"];
@@ -220,4 +222,47 @@ fn prompts_that_cannot_be_continued_are_refused() {
     assert_eq!(refuse(&golden, &golden.greedy()), GenerateError::UnknownToken { index: 1, token: 97, vocab: 97 });
     let options = GenerateOptions { stop: vec![String::new()], ..golden.greedy() };
     assert_eq!(refuse(&golden, &options), GenerateError::EmptyStop);
+}
+
+/// The verb asks a model that knows its authors: it answers as it was taught, one rank as four.
+#[test]
+fn a_model_that_knows_answers() {
+    let workshop = runs::trained();
+    let model = workshop.path("base/model").display().to_string();
+    let full = std::fs::read_to_string(workshop.path("data/full.jsonl")).unwrap();
+    let asked: Vec<&str> = full.lines().take(7).collect();
+    let prompts = workshop.path("asked.jsonl").display().to_string();
+    std::fs::write(&prompts, asked.join("\n")).unwrap();
+    let run = |ranks: usize, extra: &[&str]| {
+        let words = [&["generate", "--model", &model, "--prompts", &prompts, "--json"][..], extra].concat();
+        let done = if ranks == 1 { dunlearn(&words) } else { mpirun(ranks, &words) };
+        assert!(done.success, "{}", done.text);
+        let lines = done.text.lines().filter(|line| line.starts_with('{'));
+        lines.map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>()
+    };
+    let one = run(1, &[]);
+    assert_eq!(one.len(), asked.len());
+    let right = one.iter().filter(|line| line["generation"] == line["answer"]).count();
+    assert!(right >= 6, "{one:?}");
+    assert!(one.iter().all(|line| line["ended"] == "eos"), "{one:?}");
+    assert_eq!(run(4, &["--tp", "2"]), one);
+    assert_eq!(run(1, &["--no-cache", "--rows", "2"]), one);
+    let drawn = ["--temperature", "1.5", "--top-p", "0.95", "--seed", "3"];
+    assert_eq!(run(4, &[&drawn[..], &["--tp", "1"]].concat()), run(1, &drawn));
+
+    // for people
+    let question = serde_json::from_str::<Value>(asked[0]).unwrap()["question"].as_str().unwrap().to_owned();
+    let done = dunlearn(&["generate", "--model", workshop.path("base").to_str().unwrap(), "--prompt", &question]);
+    assert!(done.success && done.text.contains(one[0]["generation"].as_str().unwrap()), "{}", done.text);
+    assert!(done.text.contains("tokens/s"), "{}", done.text);
+    for (words, expected) in [
+        (&["--top-k", "3"][..], "no effect at temperature 0"),
+        (&["--temperature", "-1"], "unexpected argument"),
+        (&["--temperature=-1"], "expected 0 (greedy) or a number above"),
+        (&["--template", "Q:"], "expected a text with {question} in it"),
+        (&["--stop", ""], "a stop text is empty"),
+    ] {
+        let done = dunlearn(&[&["generate", "--model", &model, "--prompt", "Hello"][..], words].concat());
+        assert!(!done.success && done.text.contains(expected), "{words:?}: {}", done.text);
+    }
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stderr, clippy::print_stdout)]
 
+mod attacks;
 mod checkpoints;
 mod failures;
 mod generation;

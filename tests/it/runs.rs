@@ -69,7 +69,7 @@ lr = 1e-3
 "#;
 
 /// A workshop with a model that has memorised its authors, made once.
-fn trained() -> &'static Workshop {
+pub fn trained() -> &'static Workshop {
     static WORKSHOP: OnceLock<Workshop> = OnceLock::new();
     WORKSHOP.get_or_init(|| {
         let workshop = Workshop::new(SMALL);

@@ -89,8 +89,16 @@ impl Encoder {
         if max_length < 2 {
             return Err(DataError::MaxLength { found: max_length });
         }
-        let passage = match (&record.content, &self.form) {
-            (Content::Text(text), _) => return self.windows(text, max_length),
+        match &record.content {
+            Content::Text(text) => self.windows(text, max_length),
+            _ => self.sample(&self.passage(record)?, max_length),
+        }
+    }
+
+    /// The text of a question with its answer, or of a chat, and where its answers are.
+    fn passage(&self, record: &Record) -> Result<Passage, DataError> {
+        Ok(match (&record.content, &self.form) {
+            (Content::Text(_), _) => return Err(DataError::NothingScored),
             (Content::Qa { question, answer }, Form::PromptAnswer(template)) => {
                 let (prompt, answer) = template.fill(question, answer);
                 let text = prompt.clone() + &answer;
@@ -106,8 +114,7 @@ impl Encoder {
             }
             (Content::Chat(messages), Form::Chat(template)) => chat::passage(self.required(template)?, messages)?,
             (Content::Chat(_), Form::PromptAnswer(_)) => return Err(DataError::ChatNeedsChatTemplate),
-        };
-        self.sample(&passage, max_length)
+        })
     }
 
     /// What a model is given that is to answer `question`: up to where the answer of a sample begins.
@@ -133,6 +140,68 @@ impl Encoder {
         let system = system.map(|text| Message { role: Role::System, content: text.clone() });
         let messages: Vec<_> = system.chain(messages.iter().cloned()).collect();
         Ok(ids(&self.run(&chat::prompt(self.required(template)?, &messages)?, false)?))
+    }
+
+    /// A question with its answer, of which only that is scored, behind other questions with their answers.
+    ///
+    /// # Errors
+    /// As [`Self::encode`]; a sample of more than `max_length` tokens is an error here.
+    pub fn behind(
+        &self,
+        examples: &[(&str, &str)],
+        question: &str,
+        answer: &str,
+        max_length: usize,
+    ) -> Result<Sample, DataError> {
+        let sample = match &self.form {
+            Form::PromptAnswer(template) => {
+                let shown = examples.iter().map(|(question, answer)| {
+                    let (prompt, answer) = template.fill(question, answer);
+                    format!("{prompt}{answer}\n\n")
+                });
+                let (prompt, answer) = template.fill(question, answer);
+                let prompt = shown.chain([prompt]).collect::<String>();
+                let mut sample = self.continuation(&prompt, &answer)?;
+                sample.scored.push(sample.tokens.len() as u32);
+                sample.tokens.push(self.eos[0]);
+                sample
+            }
+            Form::Chat(_) => {
+                let turn = |role, text: &str| Message { role, content: text.to_owned() };
+                let pair = |question: &str, answer: &str| [turn(Role::User, question), turn(Role::Assistant, answer)];
+                let shown = examples.iter().flat_map(|(question, answer)| pair(question, answer));
+                let system = self.system.iter().map(|text| turn(Role::System, text));
+                let messages: Vec<_> = system.chain(shown).chain(pair(question, answer)).collect();
+                let asked = self.turns(&messages[..messages.len() - 1])?.len() as u32;
+                let record = Record::plain(0, Content::Chat(messages));
+                let mut samples = self.encode(&record, usize::MAX)?.samples;
+                let mut sample = samples.pop().ok_or(DataError::NothingScored)?;
+                sample.scored.retain(|&at| at >= asked);
+                sample
+            }
+        };
+        match sample.tokens.len() {
+            len if len > max_length => Err(DataError::TooLong { len, max_length }),
+            _ => Ok(sample),
+        }
+    }
+
+    /// Positions of the tokens that reach into `part` of a record's last answer, in the sample that [`Self::encode`] makes; none where
+    /// the answer does not hold it.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn part_of_answer(&self, record: &Record, part: &str) -> Result<Vec<u32>, DataError> {
+        let passage = self.passage(record)?;
+        let Some(turn) = passage.turns.last() else { return Ok(Vec::new()) };
+        let Some(at) = passage.text[turn.clone()].find(part) else { return Ok(Vec::new()) };
+        let (start, end) = (turn.start + at, turn.start + at + part.len());
+        let encoding = self.run(&passage.text, !passage.is_chat)?;
+        let reaches = |&p: &usize| {
+            let (first, last) = encoding.get_offsets()[p];
+            p > 0 && first < end && last > start
+        };
+        Ok((0..encoding.len()).filter(reaches).map(|p| p as u32).collect())
     }
 
     /// The tokens of a text that is to be continued; begin-of-text tokens where the tokenizer puts them.
