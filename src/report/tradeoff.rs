@@ -1,0 +1,77 @@
+//! Forgetting against keeping: one plane a metric, with the way of each run and the retrained model.
+
+use super::figures::{Figure, run_colour};
+use super::html::number;
+use super::names;
+use super::plot::{Scatter, Trail};
+use super::run::Run;
+use crate::eval::Evaluation;
+use crate::eval::statistics::{TradeoffPoint, aues};
+
+/// Metrics of both sets, the more telling ones first.
+const METRICS: [&str; 6] =
+    ["extraction_strength", "rouge_l_recall", "rouge", "probability", "exact_memorisation", "token_accuracy"];
+
+/// At most three planes.
+pub(super) fn planes(runs: &[Run]) -> Vec<Figure> {
+    let utility = ["log10_forget_quality", "forget_quality_log10"]
+        .iter()
+        .filter_map(|quality| plane(runs, &format!("tofu.{quality}"), "tofu.model_utility", "upper right is better"));
+    let both = METRICS
+        .iter()
+        .filter_map(|metric| plane(runs, &format!("forget.{metric}"), &format!("retain.{metric}"), "upper left is better"));
+    utility.chain(both).take(3).collect()
+}
+
+fn plane(runs: &[Run], x: &str, y: &str, direction: &str) -> Option<Figure> {
+    let at = |evaluation: &Evaluation| Some((evaluation.value(x)?, evaluation.value(y)?));
+    let mut trails = Vec::new();
+    for (index, run) in runs.iter().enumerate() {
+        let label = if runs.len() == 1 { "after".to_owned() } else { run.name.clone() };
+        let name = |one: &Evaluation| one.step.map_or(one.label.clone(), |step| format!("{label}, step {step}"));
+        let points = run.evaluations.iter().filter_map(|one| Some((name(one), at(one)?))).collect();
+        trails.push(Trail { label: label.clone(), colour: Some(run_colour(index)), points });
+    }
+    if !trails.iter().any(|trail| trail.points.len() > 1) {
+        return None;
+    }
+    let fixed = [
+        ("retrained", runs.iter().find_map(|run| run.retrained.as_ref())),
+        ("original", runs.iter().find_map(|run| run.original.as_ref())),
+    ];
+    for (label, evaluation) in fixed {
+        let points = evaluation.and_then(at).map(|at| (label.to_owned(), at)).into_iter().collect();
+        trails.push(Trail { label: label.to_owned(), colour: None, points });
+    }
+    let shares = trails.iter().flat_map(|trail| &trail.points).all(|(_, (x, y))| {
+        (0.0..=1.0).contains(x) && (0.0..=1.0).contains(y)
+    });
+    let scatter = Scatter {
+        about: format!("{} across, {} up, for each model", names::words(x), names::words(y)),
+        x_label: names::words(x),
+        trails,
+        include: if shares { vec![(0.0, 0.0), (1.0, 1.0)] } else { Vec::new() },
+    };
+    let area = if x == "forget.extraction_strength" { areas(runs) } else { String::new() };
+    Figure::new(format!("↑ {}", names::words(y)), format!("{direction}; a ring is the start{area}"), scatter.svg())
+}
+
+/// AUES of each run with several checkpoints.
+fn areas(runs: &[Run]) -> String {
+    let area = |run: &Run| {
+        let point = |one: &Evaluation| {
+            let (forget, retain) =
+                (one.value("forget.extraction_strength")?, one.value("retain.extraction_strength")?);
+            Some(TradeoffPoint { forget: 1.0 - forget, retain })
+        };
+        let points: Vec<TradeoffPoint> =
+            run.evaluations.iter().filter(|one| one.step.is_some()).filter_map(point).collect();
+        if points.len() < 3 {
+            return None;
+        }
+        let value = number(aues(&points).ok()?.value);
+        Some(if runs.len() == 1 { value } else { format!("{} {value}", super::html::escape(&run.name)) })
+    };
+    let areas: Vec<String> = runs.iter().filter_map(area).collect();
+    if areas.is_empty() { String::new() } else { format!("; AUES {}", areas.join(", ")) }
+}
