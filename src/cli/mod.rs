@@ -12,6 +12,7 @@ mod device;
 mod ending;
 mod launch;
 mod methods;
+mod report;
 mod run;
 mod weights;
 
@@ -66,6 +67,7 @@ pub fn main() -> ExitCode {
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
         Some(Verb::Weights { verb }) => weights::weights(&verb, &launched),
+        Some(Verb::Report(options)) => report::report(&options),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
     };
     match result {

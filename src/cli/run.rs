@@ -9,6 +9,7 @@ use super::arguments::{LogChoice, ProgressChoice, RunOptions};
 use super::device;
 use super::ending;
 use super::launch::Launched;
+use super::report;
 use crate::abi::{host, signals};
 use crate::config::{self, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
@@ -53,6 +54,7 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     let (fault, mpi_version) = (options.fault, ranks.version());
     let memory_words = MemoryWords::default();
     ending::explain_memory(&memory_words);
+    let is_first = world.is_first();
     let context = Context {
         memory_words,
         world,
@@ -68,7 +70,12 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     };
     signals::note_requests();
     match tch::no_grad(|| run::run(&config, context))? {
-        Outcome::Finished(_) => Ok(()),
+        Outcome::Finished(_) => {
+            if is_first {
+                report::after_run(&config.run.dir);
+            }
+            Ok(())
+        }
         Outcome::Stopped => ending::to_be_continued(),
     }
 }

@@ -52,10 +52,13 @@ fn environment(run: &Run) -> String {
     row("dunlearn", fact("/version"));
     row("model", fact("/model/path"));
     row("digest of its weights", fact("/model/digest"));
-    row("ranks", fact("/mesh/world").map(|world| {
-        let part = |pointer| fact(pointer).unwrap_or_default();
-        format!("{world} (tensor parallel {}, data parallel {})", part("/mesh/tp"), part("/mesh/dp"))
-    }));
+    row(
+        "ranks",
+        fact("/mesh/world").map(|world| {
+            let part = |pointer| fact(pointer).unwrap_or_default();
+            format!("{world} (tensor parallel {}, data parallel {})", part("/mesh/tp"), part("/mesh/dp"))
+        }),
+    );
     row("device", fact("/device"));
     row("precision", fact("/precision"));
     row("training", amount("/training_seconds").map(time));
@@ -73,7 +76,10 @@ fn environment(run: &Run) -> String {
     let row = |(name, value): &(String, String)| {
         format!("<tr><th scope=\"row\">{}</th><td>{}</td></tr>\n", escape(name), escape(value))
     };
-    format!("<div class=\"wide\"><table class=\"facts\"><tbody>{}</tbody></table></div>", rows.iter().map(row).collect::<String>())
+    format!(
+        "<div class=\"wide\"><table class=\"facts\"><tbody>{}</tbody></table></div>",
+        rows.iter().map(row).collect::<String>()
+    )
 }
 
 fn text(value: &Value) -> String {
@@ -83,9 +89,11 @@ fn text(value: &Value) -> String {
 /// An object as `key value, key value`.
 fn flat(value: &Value) -> String {
     match value {
-        Value::Object(object) => {
-            object.iter().map(|(key, value)| format!("{} {}", key.replace('_', " "), flat(value))).collect::<Vec<_>>().join(", ")
-        }
+        Value::Object(object) => object
+            .iter()
+            .map(|(key, value)| format!("{} {}", key.replace('_', " "), flat(value)))
+            .collect::<Vec<_>>()
+            .join(", "),
         Value::Number(n) if n.is_f64() => number(n.as_f64().unwrap_or(0.0)),
         other => text(other),
     }

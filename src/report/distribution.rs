@@ -50,7 +50,7 @@ fn figure(runs: &[Run], set: &str, name: &str) -> Option<Figure> {
     let title = format!("{}: {} of each item", set.replace('_', " "), names::metric_words(name));
     let lines = Lines {
         about: format!("{title}: share of items at or below a value"),
-        x_label: format!("{} (share of items at or below)", names::metric_words(name)),
+        x_label: names::metric_words(name),
         x_scale: if name == "truth_ratio" { Scale::Log } else { Scale::Linear },
         y_scale: Scale::Linear,
         series: series.collect(),

@@ -97,13 +97,7 @@ fn over_steps_of_many(runs: &[Run], name: &String) -> Option<Figure> {
     let levels = retrained.map(|value| Level { label: "retrained".to_owned(), value }).into_iter().collect();
     let metric = runs.iter().flat_map(|run| &run.evaluations).find_map(|evaluation| evaluation.metrics.get(name));
     let better = metric.map_or(Better::Retrained, |metric| metric.better);
-    plot(
-        names::words(name),
-        format!("{} {}", arrow(better), better_words(better)),
-        "step",
-        series.collect(),
-        levels,
-    )
+    plot(names::words(name), format!("{} {}", arrow(better), better_words(better)), "step", series.collect(), levels)
 }
 
 /// A metric at every step at which the run was evaluated; None with fewer than two.
@@ -115,9 +109,8 @@ fn points(run: &Run, name: &str) -> Option<Vec<(f64, f64)>> {
 
 /// A linear plot; shares get an axis from 0 to 1.
 fn plot(title: String, note: String, x_label: &str, series: Vec<Series>, levels: Vec<Level>) -> Option<Figure> {
-    let values = || {
-        series.iter().flat_map(|one| &one.points).map(|(_, y)| *y).chain(levels.iter().map(|level| level.value))
-    };
+    let values =
+        || series.iter().flat_map(|one| &one.points).map(|(_, y)| *y).chain(levels.iter().map(|level| level.value));
     let shares = values().all(|y| (0.0..=1.0).contains(&y)) && values().any(|y| y > 0.2);
     let lines = Lines {
         about: format!("{title}, by {x_label}"),

@@ -42,8 +42,7 @@ const RULES: [Rule; 14] = [
 
 /// All remarks about a run: the rules', then the warnings that it wrote down itself.
 pub fn findings(run: &Run) -> Vec<Finding> {
-    let case =
-        Case { run, before: run.before(), after: run.after(), retrained: run.retrained.as_ref() };
+    let case = Case { run, before: run.before(), after: run.after(), retrained: run.retrained.as_ref() };
     let mut found: Vec<Finding> = RULES.iter().filter_map(|rule| rule(&case)).collect();
     let own = run.fact("/warnings").and_then(serde_json::Value::as_array).into_iter().flatten();
     let own = own.filter_map(|text| text.as_str()).map(str::to_owned);
@@ -55,6 +54,11 @@ pub fn findings(run: &Run) -> Vec<Finding> {
         }
     }
     found
+}
+
+/// Whether a run lost what it was to keep together with what it was to forget: its low forget numbers are then no success.
+pub(super) fn has_collapsed(run: &Run) -> bool {
+    collapse(&Case { run, before: run.before(), after: run.after(), retrained: None }).is_some()
 }
 
 fn warning(text: String) -> Option<Finding> {
@@ -145,7 +149,10 @@ fn retain_loss(case: &Case) -> Option<Finding> {
 
 fn nothing_forgotten(case: &Case) -> Option<Finding> {
     let (before, after) = change(case, "forget", "probability")?;
-    if case.run.setting(&["method", "objective"]).as_deref() == Some("finetune") || before < 0.05 || after < 0.9 * before {
+    if case.run.setting(&["method", "objective"]).as_deref() == Some("finetune")
+        || before < 0.05
+        || after < 0.9 * before
+    {
         return None;
     }
     warning(format!(
@@ -181,7 +188,8 @@ fn gibberish(case: &Case) -> Option<Finding> {
 
 fn silence(case: &Case) -> Option<Finding> {
     let written = written(case);
-    let empty = written.iter().filter(|item| item.generation.as_ref().is_some_and(|text| text.trim().is_empty())).count();
+    let empty =
+        written.iter().filter(|item| item.generation.as_ref().is_some_and(|text| text.trim().is_empty())).count();
     if empty == 0 || empty * 10 < written.len() {
         return None;
     }
@@ -290,7 +298,8 @@ fn diverging(case: &Case) -> Option<Finding> {
 }
 
 fn few_items(case: &Case) -> Option<Finding> {
-    let metric = case.after?.metrics.iter().find(|(name, _)| name.starts_with("tofu.") && name.contains("forget_quality"));
+    let metric =
+        case.after?.metrics.iter().find(|(name, _)| name.starts_with("tofu.") && name.contains("forget_quality"));
     let n = metric?.1.n;
     if n >= 200 || n == 0 {
         return None;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::findings::has_collapsed;
 use super::html::{escape, number};
 use super::names;
 use super::run::Run;
@@ -14,11 +15,18 @@ pub(super) struct Column<'a> {
     pub(super) evaluation: &'a Evaluation,
     /// A result of unlearning, as opposed to what it is held against.
     pub(super) is_result: bool,
+    /// A result that is gibberish: it is never the best one.
+    pub(super) has_collapsed: bool,
 }
 
 /// Of one run: original, before, after, retrained. Of several: the first run's start, every run's end, retrained.
 pub(super) fn columns(runs: &[Run]) -> Vec<Column<'_>> {
-    let context = |title: &str, evaluation| Column { title: title.to_owned(), evaluation, is_result: false };
+    let context = |title: &str, evaluation| Column {
+        title: title.to_owned(),
+        evaluation,
+        is_result: false,
+        has_collapsed: false,
+    };
     let mut columns = Vec::new();
     if let Some(original) = runs.iter().find_map(|run| run.original.as_ref()) {
         columns.push(context("original", original));
@@ -33,7 +41,7 @@ pub(super) fn columns(runs: &[Run]) -> Vec<Column<'_>> {
     for run in runs {
         if let Some(after) = run.after() {
             let title = if runs.len() == 1 { "after".to_owned() } else { run.name.clone() };
-            columns.push(Column { title, evaluation: after, is_result: true });
+            columns.push(Column { title, evaluation: after, is_result: true, has_collapsed: has_collapsed(run) });
         }
     }
     if let Some(retrained) = runs.iter().find_map(|run| run.retrained.as_ref()) {
@@ -49,10 +57,12 @@ pub(super) fn html(runs: &[Run], all: bool) -> String {
     if rows.is_empty() {
         return String::new();
     }
-    let mut text = String::from("<div class=\"wide\"><table class=\"numbers\"><thead><tr><th scope=\"col\">metric</th>");
+    let mut text =
+        String::from("<div class=\"wide\"><table class=\"numbers\"><thead><tr><th scope=\"col\">metric</th>");
     for column in &columns {
         let class = if column.is_result { " class=\"result\"" } else { "" };
-        text += &format!("<th scope=\"col\"{class}>{}</th>", escape(&column.title));
+        let state = if column.has_collapsed { "<small>collapsed</small>" } else { "" };
+        text += &format!("<th scope=\"col\"{class}>{}{state}</th>", escape(&column.title));
     }
     text += "</tr></thead><tbody>\n";
     for name in rows {
@@ -136,7 +146,7 @@ fn best(columns: &[Column], name: &str, better: Better) -> Option<usize> {
     let mut results: Vec<(usize, f64)> = columns
         .iter()
         .enumerate()
-        .filter(|(_, column)| column.is_result)
+        .filter(|(_, column)| column.is_result && !column.has_collapsed)
         .filter_map(|(index, column)| Some((index, badness(value(column)?)?)))
         .collect();
     results.sort_by(|a, b| a.1.total_cmp(&b.1));

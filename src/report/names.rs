@@ -93,7 +93,8 @@ mod tests {
 
     #[test]
     fn what_was_to_be_forgotten_comes_before_what_was_to_be_kept() {
-        let mut names = ["retain.probability", "wmdp_bio.accuracy", "forget.rouge", "tofu.model_utility", "forget.probability"];
+        let mut names =
+            ["retain.probability", "wmdp_bio.accuracy", "forget.rouge", "tofu.model_utility", "forget.probability"];
         names.sort_by_key(|name| headline_rank(name));
         assert_eq!(
             names,

@@ -76,7 +76,7 @@ fn in_short(runs: &[Run]) -> String {
         } else {
             format!("<strong class=\"c{}\">{}</strong> ", figures::run_colour(index), escape(&run.name))
         };
-        if let Some(sentence) = sentence(run) {
+        if let Some(sentence) = sentence(run, runs.len() == 1) {
             text += &format!("<p>{name}{sentence}</p>");
         } else if !name.is_empty() {
             text += &format!("<p>{name}</p>");
@@ -95,14 +95,18 @@ fn item(finding: &Finding) -> String {
     format!("<li class=\"{class}\"><strong>{mark}</strong> {}</li>", escape(&finding.text))
 }
 
-/// How the answers of both sets changed.
-fn sentence(run: &Run) -> Option<String> {
+/// How the answers of both sets changed; where colours stand for runs, these stay grey.
+fn sentence(run: &Run, coloured: bool) -> Option<String> {
     let part = |set: &str| {
         let of = |one: Option<&Evaluation>| one?.value(&format!("{set}.probability"));
         let (before, after) = (of(run.before())?, of(run.after())?);
         Some(format!(
             "<strong class=\"{}\">{} → {}</strong> on the {set} set",
-            if set == "forget" { "c1" } else { "c0" },
+            match set {
+                _ if !coloured => "ink",
+                "forget" => "c1",
+                _ => "c0",
+            },
             number(before),
             number(after)
         ))

@@ -36,7 +36,9 @@ pub(super) fn html(runs: &[Run]) -> String {
 /// Items over the whole set, and the worst ones: of a forget set those still known best, of a retain set those that lost most.
 fn choose<'a>(items: &'a [Item], before: Option<&Vec<Item>>, forget: bool) -> Vec<(&'a Item, &'static str)> {
     let known = |item: &Item| {
-        let of = |item: &Item| ["rouge_l_recall", "rouge", "probability"].iter().find_map(|key| item.numbers.get(*key)).copied();
+        let of = |item: &Item| {
+            ["rouge_l_recall", "rouge", "probability"].iter().find_map(|key| item.numbers.get(*key)).copied()
+        };
         let start = before.and_then(|items| items.iter().find(|other| other.index == item.index)).and_then(of);
         let now = of(item)?;
         Some(if forget { now } else { start? - now })
@@ -60,7 +62,7 @@ fn card(item: &Item, why: &str, set: &str, columns: &[Column]) -> String {
         words(&item.prompt),
         words(&item.answer)
     );
-    for Column { title, evaluation, is_result } in columns {
+    for Column { title, evaluation, is_result, .. } in columns {
         if let Some(said) = said(evaluation, set, item) {
             let class = if *is_result { " class=\"result\"" } else { "" };
             text += &format!("<dt{class}>{}</dt><dd{class}>{said}</dd>", escape(title));

@@ -30,7 +30,8 @@ fn items(knows: f64, says: bool) -> Vec<Item> {
             index,
             prompt: format!("Who wrote \"The <{index}> & Rivers\"?"),
             answer: format!("The author of that novel is number {index}, who also wrote seven others."),
-            generation: says.then(|| if knows > 0.5 { format!("It is number {index}.") } else { "I do not know.".into() }),
+            generation: says
+                .then(|| if knows > 0.5 { format!("It is number {index}.") } else { "I do not know.".into() }),
             group: None,
             numbers: [("probability".to_owned(), probability), ("truth_ratio".to_owned(), ratio)].into(),
         }
@@ -43,7 +44,12 @@ fn evaluation(model: &Model) -> Evaluation {
         format: FORMAT,
         label: model.label.to_owned(),
         step: model.step,
-        model: ModelFacts { path: "models/small".into(), digest: "d".into(), family: "llama".into(), parameters: 1_000_000 },
+        model: ModelFacts {
+            path: "models/small".into(),
+            digest: "d".into(),
+            family: "llama".into(),
+            parameters: 1_000_000,
+        },
         config_digest: "c".into(),
         precision: "f32".into(),
         template: "chat".into(),
@@ -52,7 +58,8 @@ fn evaluation(model: &Model) -> Evaluation {
         curves: BTreeMap::new(),
         warnings: Vec::new(),
         seconds: BTreeMap::new(),
-        items: [("forget".to_owned(), items(model.forget, true)), ("retain".to_owned(), items(model.retain, true))].into(),
+        items: [("forget".to_owned(), items(model.forget, true)), ("retain".to_owned(), items(model.retain, true))]
+            .into(),
     };
     for (set, knows, better) in [("forget", model.forget, Better::Lower), ("retain", model.retain, Better::Higher)] {
         let metric = |value: f64| Metric::new(value, 40, better).within(value - 0.02, value + 0.02);
@@ -99,7 +106,8 @@ fn write_run(folder: &Path, kept: f64) {
 /// As `summary.json` was before there were result files.
 fn write_old_run(folder: &Path) {
     fs::create_dir_all(folder).unwrap();
-    let scores = |p: f64| json!({ "probability": p, "token_accuracy": p, "nll": -p.ln(), "samples": 40, "tokens": 400 });
+    let scores =
+        |p: f64| json!({ "probability": p, "token_accuracy": p, "nll": -p.ln(), "samples": 40, "tokens": 400 });
     let summary = json!({
         "version": "0.1.0", "steps": 50, "model": { "path": "m", "digest": "d", "family": "llama", "parameters": 7 },
         "forget": { "before": scores(0.99), "after": scores(0.01), "during": [[25, scores(0.4)]] },
@@ -171,9 +179,6 @@ fn a_run_with_everything_has_every_part() {
     ] {
         assert!(page.contains(part), "{part} is missing");
     }
-    if let Some(keep) = std::env::var_os("DUNLEARN_KEEP_REPORT") {
-        fs::write(keep, &page).unwrap();
-    }
     let text = terminal(&runs);
     let line = text.lines().find(|line| line.contains("forget: answer probability")).unwrap();
     let cells: Vec<&str> = line.split_whitespace().collect();
@@ -192,8 +197,15 @@ fn runs_are_compared() {
     assert!(check(&page) >= 12);
     // the best of the results is marked
     let row = page.split("<tr>").find(|row| row.contains("retain: answer probability")).unwrap();
-    let best = row.split("<td").find(|cell| cell.contains("best")).unwrap();
-    assert!(best.contains("0.9000"), "{row}");
+    let best = |row: &str| row.split("<td").find(|cell| cell.contains("best")).unwrap().to_owned();
+    assert!(best(row).contains("0.9000"), "{row}");
+    // a collapsed one is never the best, however low its forget numbers
+    let mut lower = runs.clone();
+    lower[2].evaluations.last_mut().unwrap().put("forget.probability", None, Metric::new(0.01, 40, Better::Lower));
+    lower[0].evaluations.last_mut().unwrap().put("forget.probability", None, Metric::new(0.04, 40, Better::Lower));
+    let compared = super::page(&lower);
+    let row = compared.split("<tr>").find(|row| row.contains("forget: answer probability")).unwrap();
+    assert!(best(row).contains("0.0400") && compared.contains("<small>collapsed</small>"), "{row}");
     // what holds of all is said once, what holds of one is said of it
     assert_eq!(page.matches("a &lt;warning&gt;").count(), 1);
     assert_eq!(page.matches("Collapse:").count(), 1);
@@ -250,10 +262,15 @@ fn told(run: &Run) -> String {
 #[test]
 fn a_collapse_is_told_and_a_success_is_not() {
     let before = [("forget.probability", 0.9), ("retain.probability", 0.9), ("retain.rouge", 0.8)];
-    let collapsed = case(&before, &[("forget.probability", 0.0), ("retain.probability", 0.8), ("retain.rouge", 0.3)], &[]);
+    let collapsed =
+        case(&before, &[("forget.probability", 0.0), ("retain.probability", 0.8), ("retain.rouge", 0.3)], &[]);
     let text = told(&collapsed);
     assert!(text.contains("Collapse: the forget set's answer probability fell from 0.9000 to 0.0000, but the retain set's ROUGE-L fell from 0.8000 to 0.3000"), "{text}");
-    let good = case(&before, &[("forget.probability", 0.05), ("retain.probability", 0.85), ("retain.rouge", 0.8)], &[("forget.probability", 0.1)]);
+    let good = case(
+        &before,
+        &[("forget.probability", 0.05), ("retain.probability", 0.85), ("retain.rouge", 0.8)],
+        &[("forget.probability", 0.1)],
+    );
     assert_eq!(told(&good), "");
 }
 
@@ -264,7 +281,9 @@ fn each_rule_speaks_where_it_should() {
     let retrained = [("forget.probability", 0.15)];
     let silent = case(&start, &end(0.1, 0.9), &retrained);
     assert_eq!(told(&silent), "");
-    assert!(told(&case(&start, &end(0.1, 0.6), &retrained)).contains("The retain set lost 33% of its answer probability"));
+    assert!(
+        told(&case(&start, &end(0.1, 0.6), &retrained)).contains("The retain set lost 33% of its answer probability")
+    );
     assert!(told(&case(&start, &end(0.89, 0.9), &retrained)).contains("Nothing was forgotten"));
     assert!(told(&case(&start, &end(1e-4, 0.9), &retrained)).contains("More than forgotten"));
     assert!(told(&case(&start, &end(0.1, 0.9), &[])).contains("No retrained model"));

@@ -17,9 +17,9 @@ pub(super) fn planes(runs: &[Run]) -> Vec<Figure> {
     let utility = ["log10_forget_quality", "forget_quality_log10"]
         .iter()
         .filter_map(|quality| plane(runs, &format!("tofu.{quality}"), "tofu.model_utility", "upper right is better"));
-    let both = METRICS
-        .iter()
-        .filter_map(|metric| plane(runs, &format!("forget.{metric}"), &format!("retain.{metric}"), "upper left is better"));
+    let both = METRICS.iter().filter_map(|metric| {
+        plane(runs, &format!("forget.{metric}"), &format!("retain.{metric}"), "upper left is better")
+    });
     utility.chain(both).take(3).collect()
 }
 
@@ -43,9 +43,10 @@ fn plane(runs: &[Run], x: &str, y: &str, direction: &str) -> Option<Figure> {
         let points = evaluation.and_then(at).map(|at| (label.to_owned(), at)).into_iter().collect();
         trails.push(Trail { label: label.to_owned(), colour: None, points });
     }
-    let shares = trails.iter().flat_map(|trail| &trail.points).all(|(_, (x, y))| {
-        (0.0..=1.0).contains(x) && (0.0..=1.0).contains(y)
-    });
+    let shares = trails
+        .iter()
+        .flat_map(|trail| &trail.points)
+        .all(|(_, (x, y))| (0.0..=1.0).contains(x) && (0.0..=1.0).contains(y));
     let scatter = Scatter {
         about: format!("{} across, {} up, for each model", names::words(x), names::words(y)),
         x_label: names::words(x),
@@ -60,8 +61,7 @@ fn plane(runs: &[Run], x: &str, y: &str, direction: &str) -> Option<Figure> {
 fn areas(runs: &[Run]) -> String {
     let area = |run: &Run| {
         let point = |one: &Evaluation| {
-            let (forget, retain) =
-                (one.value("forget.extraction_strength")?, one.value("retain.extraction_strength")?);
+            let (forget, retain) = (one.value("forget.extraction_strength")?, one.value("retain.extraction_strength")?);
             Some(TradeoffPoint { forget: 1.0 - forget, retain })
         };
         let points: Vec<TradeoffPoint> =

@@ -56,9 +56,16 @@ impl Axis {
         Some(Self { scale, low, high, ticks })
     }
 
-    /// A log axis of less than a power of ten: ticks at its ends.
+    /// A log axis of less than a power of ten: ticks at 1, 2 and 5 times one, or at its ends where too few of them are inside.
     fn within_a_decade(low: f64, high: f64) -> Option<Self> {
-        let ticks = [low, high].map(|at| (at, number(10f64.powf(at)))).to_vec();
+        let decade = 10f64.powf(low.floor());
+        let round = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0].map(|factor| factor * decade);
+        let inside = |x: &f64| (low - 1e-9..=high + 1e-9).contains(&x.log10());
+        let mut ticks: Vec<(f64, String)> =
+            round.into_iter().filter(inside).map(|x| (x.log10(), tick(x, x.min(1.0)))).collect();
+        if ticks.len() < 2 {
+            ticks = [low, high].map(|at| (at, number(10f64.powf(at)))).to_vec();
+        }
         Some(Self { scale: Scale::Log, low, high, ticks })
     }
 
@@ -104,6 +111,10 @@ mod tests {
         let log = Axis::new(Scale::Log, [3e-4, 20.0, 0.0].into_iter(), 4, false).unwrap();
         assert_eq!(labels(&log), ["10⁻⁴", "0.01", "1", "100"]);
         assert_eq!(log.share(0.0), None);
+        let narrow = |low, high| Axis::new(Scale::Log, [low, high].into_iter(), 4, true).unwrap();
+        assert_eq!(labels(&narrow(0.0788, 0.4)), ["0.1", "0.2"]);
+        assert_eq!(labels(&narrow(0.9, 8.0)), ["1", "2", "5"]);
+        assert_eq!(labels(&narrow(0.11, 0.19)), ["0.1100", "0.1900"]);
     }
 
     #[test]

@@ -59,10 +59,8 @@ impl Frame {
 
     /// The whole picture with `content` between grid and edge. `about` is read to those who do not see it.
     pub(super) fn svg(&self, about: &str, x_label: &str, content: &str) -> String {
-        let mut text = format!(
-            "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">\n",
-            escape(about)
-        );
+        let mut text =
+            format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">\n", escape(about));
         for (place, label) in &self.y.ticks {
             let y = self.up(self.y.share_of_place(*place));
             text += &format!(

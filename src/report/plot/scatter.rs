@@ -31,7 +31,10 @@ impl Scatter {
         let x = Axis::new(Scale::Linear, all().map(|(x, _)| x), 4, false)?;
         let y = Axis::new(Scale::Linear, all().map(|(_, y)| y), 4, false)?;
         let frame = Frame::new(x, y, 1);
-        let (mut content, mut taken) = (String::new(), Vec::new());
+        let mut content = String::new();
+        // a label lies on no point either
+        let placed = points().filter_map(|at| frame.at(at));
+        let mut taken: Vec<[f64; 3]> = placed.map(|(x, y)| [x - 5.0, x + 5.0, y]).collect();
         for trail in &self.trails {
             content += &trail.draw(&frame, &mut taken);
         }
@@ -131,7 +134,8 @@ mod tests {
     #[test]
     fn without_points_there_is_no_picture() {
         let empty = Trail { label: "a".into(), colour: None, points: Vec::new() };
-        let scatter = Scatter { about: "x".into(), x_label: "y".into(), trails: vec![empty], include: vec![(0.0, 1.0)] };
+        let scatter =
+            Scatter { about: "x".into(), x_label: "y".into(), trails: vec![empty], include: vec![(0.0, 1.0)] };
         assert!(scatter.svg().is_none());
     }
 }
