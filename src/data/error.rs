@@ -133,7 +133,7 @@ pub enum DataError {
 
 impl DataError {
     /// Adds file and line, unless every sample would meet the same error.
-    pub(super) fn in_sample(self, path: &Path, line: usize) -> Self {
+    pub fn in_sample(self, path: &Path, line: usize) -> Self {
         match self {
             Self::NoChatTemplate { .. } | Self::ChatNeedsChatTemplate | Self::MaxLength { .. } => self,
             source => Self::Sample { path: path.to_owned(), line, source: Box::new(source) },

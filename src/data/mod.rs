@@ -16,6 +16,6 @@ pub use encode::{Encoder, Sample};
 pub use error::DataError;
 pub use order::{Order, StepBatch};
 pub use pack::{Item, MicroBatch, RowsOf, Sequence, Stream, Text, Texts, pack, share};
-pub use record::{Content, Record, Wanted, read};
+pub use record::{Content, Message, Record, Role, Wanted, read};
 pub use refusals::Refusals;
 pub use rows::{Row, Rows, find, rows};

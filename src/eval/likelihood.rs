@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::record::Item;
 use super::scores::{Asked, Text, TextScore, score};
 use crate::data::Dataset;
 
@@ -41,6 +42,20 @@ pub fn summarise<'a>(scores: impl IntoIterator<Item = &'a TextScore>) -> Likelih
     let (samples, tokens) = (all.samples as f64, all.tokens as f64);
     let (probability, token_accuracy, nll) = (all.probability / samples, all.token_accuracy / tokens, all.nll / tokens);
     LikelihoodScores { probability, token_accuracy, nll, ..all }
+}
+
+/// The same from the items of an evaluation.
+pub fn of_items(items: &[Item]) -> LikelihoodScores {
+    let number = |item: &Item, name: &str| item.numbers.get(name).copied().unwrap_or(f64::NAN);
+    let sum = |of: &dyn Fn(&Item) -> f64| items.iter().map(of).sum::<f64>();
+    let tokens = sum(&|item| number(item, "tokens"));
+    LikelihoodScores {
+        probability: sum(&|item| number(item, "probability")) / items.len() as f64,
+        token_accuracy: sum(&|item| number(item, "correct_tokens")) / tokens,
+        nll: sum(&|item| number(item, "loss") * number(item, "tokens")) / tokens,
+        samples: items.len(),
+        tokens: tokens as usize,
+    }
 }
 
 #[cfg(test)]

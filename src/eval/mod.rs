@@ -1,10 +1,12 @@
 //! Numbers about a model on a data set. Work is spread over the data-parallel ranks; every rank gets the same result.
 
 mod error;
-mod likelihood;
+pub mod generate;
+pub mod likelihood;
 pub mod record;
 pub mod scores;
 pub mod statistics;
+pub mod suites;
 pub mod text;
 
 pub use error::EvalError;

@@ -47,7 +47,7 @@ pub struct Sight {
 
 impl Sight {
     /// First key that the query at `position` sees.
-    fn first(self, position: usize) -> usize {
+    pub(super) fn first(self, position: usize) -> usize {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 }

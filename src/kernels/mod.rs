@@ -4,6 +4,7 @@
 //! results do not depend on the number of threads.
 
 pub mod attention;
+pub mod cached_attention;
 pub mod cuda;
 pub mod distribution;
 pub mod moment;

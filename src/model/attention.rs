@@ -65,6 +65,23 @@ pub(super) fn forward(
     (y, tape)
 }
 
+/// Gives the half block's output, with attention as `attend(layer, q k v, shape)` computes it; keeps nothing.
+pub(super) fn extend(
+    model: &Decoder,
+    weights: &Weights,
+    layer: usize,
+    batch: &Batch,
+    x: &Tensor,
+    attend: &mut dyn FnMut(usize, &Projections, attention_core::Shape) -> Tensor,
+) -> Tensor {
+    let (projected, _, _) = enter(model, weights, layer, batch, x);
+    let mixed = attend(layer, &inputs(model, &projected), core_shape(model, layer));
+    let partial = linear::forward(model, weights, layer, model.table.layers[layer].output, &mixed);
+    let mut y = model.reduce_tokens(partial);
+    let _ = y.g_add_(x);
+    y
+}
+
 /// Turns the gradient of the output into that of the input, in place.
 pub(super) fn backward(
     model: &Decoder,
@@ -107,6 +124,14 @@ pub(super) fn backward(
 
 /// Up to the mixed values, and all tokens after the norm.
 fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &Tensor) -> (Rest, Tensor) {
+    let (projected, rstd, normed) = enter(model, weights, layer, batch, x);
+    let (mixed, normalisers) =
+        attention_core::forward(&inputs(model, &projected), batch.attended(), core_shape(model, layer));
+    (Rest { rstd, projected, mixed, normalisers }, normed)
+}
+
+/// Up to q, k and v; with `1/rms` of each row of `x`, and all tokens after the norm.
+fn enter(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &Tensor) -> (Projected, Tensor, Tensor) {
     let params = &model.table.layers[layer];
     let (normed, rstd) = rms_norm::forward(x, weights.get(params.attention_norm), model.arch.norm_eps);
     let normed = model.gather_tokens(normed);
@@ -114,10 +139,7 @@ fn inside(model: &Decoder, weights: &Weights, layer: usize, batch: &Batch, x: &T
     if let Some(bias) = params.qkv_bias {
         let _ = qkv.g_add_(weights.get(bias));
     }
-    let projected = project(model, weights, params, batch, qkv);
-    let (mixed, normalisers) =
-        attention_core::forward(&inputs(model, &projected), batch.attended(), core_shape(model, layer));
-    (Rest { rstd, projected, mixed, normalisers }, normed)
+    (project(model, weights, params, batch, qkv), rstd, normed)
 }
 
 /// Norms (where the model has them) and rotation of q and k.

@@ -29,22 +29,41 @@ impl Batch {
     /// `lengths`: of the sequences, adding up to the number of `ids`; `multiple`: the number of tokens becomes one of it.
     pub fn new(ids: &[i64], lengths: &[usize], multiple: usize, rope: &Rope, device: Device) -> Self {
         assert_eq!(ids.len(), lengths.iter().sum::<usize>(), "invariant: the sequences cover all tokens");
-        let total = recurring_size(ids.len()).next_multiple_of(multiple);
-        let mut positions = Vec::with_capacity(total);
+        let mut positions = Vec::with_capacity(ids.len());
         let mut sequences = Vec::with_capacity(lengths.len());
         for &len in lengths {
             sequences.push((positions.len() as i64, len as i64));
             positions.extend(0..len as i64);
         }
-        let mut padded = ids.to_vec();
-        padded.resize(total, 0);
-        positions.resize(total, 0);
-        let (cos, sin) = rope.tables(&positions, device);
         let bounds = (device != Device::Cpu).then(|| {
             let ends = sequences.iter().map(|&(start, len)| (start + len) as i32);
             upload(&std::iter::once(0).chain(ends).collect::<Vec<i32>>(), device)
         });
-        Self { ids: upload(&padded, device), sequences, bounds, filled: ids.len() as i64, cos, sin }
+        let total = recurring_size(ids.len()).next_multiple_of(multiple);
+        Self { sequences, bounds, ..Self::filled_up(ids, positions, total, rope, device) }
+    }
+
+    /// One token of each sequence, at the position that it has there; what stands before it is in a cache.
+    pub(super) fn of_single_tokens(
+        ids: &[i64],
+        positions: &[i64],
+        multiple: usize,
+        rope: &Rope,
+        device: Device,
+    ) -> Self {
+        // a single row is a product of another kind, with a vector, and faster than eight
+        let total = if ids.len() == 1 { 1 } else { recurring_size(ids.len()) }.next_multiple_of(multiple);
+        Self::filled_up(ids, positions.to_vec(), total, rope, device)
+    }
+
+    /// Tokens at their positions, without sequences.
+    fn filled_up(ids: &[i64], mut positions: Vec<i64>, total: usize, rope: &Rope, device: Device) -> Self {
+        let mut padded = ids.to_vec();
+        padded.resize(total, 0);
+        positions.resize(total, 0);
+        let (cos, sin) = rope.tables(&positions, device);
+        let filled = ids.len() as i64;
+        Self { ids: upload(&padded, device), sequences: Vec::new(), bounds: None, filled, cos, sin }
     }
 
     /// What attention needs to know.

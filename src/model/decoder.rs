@@ -52,8 +52,12 @@ pub struct Tape {
 impl Decoder {
     /// Packs sequences for this model. `lengths` add up to the number of `tokens`.
     pub fn batch(&self, tokens: &[i64], lengths: &[usize]) -> Batch {
-        let multiple = if self.sequence_parallel { self.tp.size() } else { 1 };
-        Batch::new(tokens, lengths, multiple, &self.arch.rope, self.device)
+        Batch::new(tokens, lengths, self.token_multiple(), &self.arch.rope, self.device)
+    }
+
+    /// The number of tokens in a batch is a multiple of this.
+    pub(super) fn token_multiple(&self) -> usize {
+        if self.sequence_parallel { self.tp.size() } else { 1 }
     }
 
     /// The hidden states after the last layer, before the final norm: `[tokens, hidden]` on every rank.

@@ -5,6 +5,7 @@
 //! place into `weight * (softmax - one-hot)`; it needs no collective but the sum of the hidden gradient.
 
 pub mod distribution;
+mod next;
 
 use std::cell::RefCell;
 

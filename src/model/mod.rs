@@ -7,6 +7,7 @@ pub mod architecture;
 mod attention;
 mod attention_core;
 mod batch;
+mod cache;
 pub mod config_json;
 mod decoder;
 pub mod families;
@@ -21,6 +22,7 @@ mod weights;
 
 pub use architecture::Architecture;
 pub use batch::Batch;
+pub use cache::KvCache;
 pub use decoder::{Decoder, Keep, Tape};
 pub use head::distribution::{Distribution, OfDistribution};
 pub use head::{Divergence, LogitsPool, ReferenceHead, Rows, Scores};

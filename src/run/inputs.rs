@@ -29,6 +29,8 @@ pub struct Inputs {
     /// Kind of the weights that were read.
     pub stored_kind: Kind,
     anchors_name: &'static str,
+    /// Tokenizer and template.
+    pub encoder: Encoder,
     pub warnings: Vec<String>,
 }
 
@@ -85,7 +87,7 @@ impl Inputs {
         let watched = watched.map(|source| load("data.forget", source, Wanted::Nothing)).transpose()?;
         let stored_kind = weights.as_ref().map_or(Kind::Float, Folder::kind);
         let mut inputs =
-            Self { arch, anchors, retain, watched, weights, stored_kind, anchors_name, warnings: Vec::new() };
+            Self { arch, anchors, retain, watched, weights, stored_kind, anchors_name, encoder, warnings: Vec::new() };
         inputs.check(config)?;
         for warning in &inputs.warnings {
             tell(world, warning);
@@ -122,7 +124,7 @@ impl Inputs {
             }
         })?;
         drop(bar);
-        let identity = self.identity(config, world)?;
+        let identity = identity(self.weights.as_ref(), &self.arch, config.run.seed, world)?;
         self.weights = None;
         let decoder = Decoder {
             arch: self.arch.clone(),
@@ -204,23 +206,6 @@ impl Inputs {
         named.into_iter().filter_map(|(name, set)| Some((name, set?))).collect()
     }
 
-    /// Digest of the weight files and the architecture, or of what random weights are made from. All ranks call it.
-    fn identity(&self, config: &Config, world: &World) -> Result<String, RunError> {
-        let mut lines = match &self.weights {
-            None => vec![format!("random {} {:?}", config.run.seed, self.arch)],
-            Some(folder) => {
-                let mine = folder.digests(world.mesh.rank, world.mesh.world())?.join("\n");
-                let all = world.world.gather_bytes(mine.as_bytes());
-                let all = all.iter().map(|text| String::from_utf8_lossy(text).into_owned());
-                let files = all.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
-                // the same weights are another model under another config.json
-                files.chain([format!("{:?}", self.arch)]).collect()
-            }
-        };
-        lines.sort();
-        Ok(blake3::hash(lines.join("\n").as_bytes()).to_hex().to_string())
-    }
-
     fn check(&mut self, config: &Config) -> Result<(), RunError> {
         for (_, set) in self.sets() {
             for (sample, &line) in set.samples.iter().chain(&set.preferred).zip(set.lines.iter().cycle()) {
@@ -269,6 +254,23 @@ impl Inputs {
         }
         Ok(())
     }
+}
+
+/// Digest of the weight files and the architecture, or of what random weights are made from. All ranks call it.
+pub fn identity(weights: Option<&Folder>, arch: &Architecture, seed: u64, world: &World) -> Result<String, RunError> {
+    let mut lines = match weights {
+        None => vec![format!("random {seed} {arch:?}")],
+        Some(folder) => {
+            let mine = folder.digests(world.mesh.rank, world.mesh.world())?.join("\n");
+            let all = world.world.gather_bytes(mine.as_bytes());
+            let all = all.iter().map(|text| String::from_utf8_lossy(text).into_owned());
+            let files = all.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
+            // the same weights are another model under another config.json
+            files.chain([format!("{arch:?}")]).collect()
+        }
+    };
+    lines.sort();
+    Ok(blake3::hash(lines.join("\n").as_bytes()).to_hex().to_string())
 }
 
 /// How this rank's share of what is trained is cut.

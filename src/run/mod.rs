@@ -1,8 +1,10 @@
 //! One run, from a checked configuration to an exported model: [`run`] reads top to bottom.
 
 mod error;
+mod evaluation;
 mod fault;
 mod files;
+mod frozen;
 mod inputs;
 mod journal;
 mod memory;
@@ -13,6 +15,7 @@ mod saving;
 mod summary;
 
 pub use error::RunError;
+pub use evaluation::{EvaluateOptions, evaluate};
 pub use fault::{Fault, Phase};
 pub use inputs::{Inputs, Loaded};
 pub use memory::{Memory, MemoryWords};
@@ -27,9 +30,9 @@ use tch::{Device, Kind};
 use crate::abi::signals;
 use crate::checkpoint::{ExportOptions, Folder, Store, export, export_adapter};
 use crate::config::{self, Config};
-use crate::data::{Dataset, Order, RowsOf, Stream};
+use crate::data::{Order, RowsOf, Stream};
 use crate::dist::World;
-use crate::eval::{self, ForwardOptions, LikelihoodScores};
+use crate::eval::ForwardOptions;
 use crate::model::Keep;
 use crate::model::sharding::{ADAPTER_PREFIX, Table};
 use crate::scope;
@@ -40,6 +43,7 @@ use crate::train::{
     Trainer, TrainerOptions,
 };
 use crate::unlearn;
+use evaluation::Evaluator;
 use files::RunFolder;
 use journal::{Journal, comm_seconds};
 use reference::{Identity, Kept, ReferenceCache, ReferenceOptions};
@@ -91,6 +95,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     // nothing of an earlier run is touched before the new one's inputs are known to be good
     let folder = RunFolder::create(config, &context, start)?;
     let (mut metrics, past) = folder.metrics(config, &context, start)?;
+    // other models come and go before this one takes its memory
+    let evaluator = Evaluator::new(config, &inputs.encoder, &inputs.sets(), &context)?;
     let (table, layout, _) = inputs.layout(config, world)?;
     let frozen = layout.places.iter().zip(&table.params).filter(|(place, _)| place.is_none());
     let frozen = frozen.map(|(_, param)| param.num_elements() as usize).sum();
@@ -103,8 +109,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let method = unlearn::method(&config.method, config.run.seed, per_epoch);
     let batches = batches(config, &inputs, &method);
     one_micro_batch_a_step(config, &batches, steps, world)?;
-    let forward =
-        ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
+    let forward = evaluation::forward(config);
     let holding = GradientOptions {
         kind: train::kind(config.train.grad_dtype),
         reduce: train::kind(config.parallel.reduce_dtype),
@@ -166,8 +171,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     };
     if config.eval.before && start == Start::New {
         strike(Phase::Eval)?;
-        evaluations.before = evaluate(config, &inputs, &trainer, forward, world, console);
-        metrics.write(&json!({ "step": 0, "eval": evaluations.before }))?;
+        evaluations.before = evaluator.step(0, &trainer, &inputs, Some(&identity), &context, &mut metrics)?;
     }
 
     if start == Start::New {
@@ -208,8 +212,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
             journal.tell(step, &work, &report, &trainer, &context)?;
         }
         if evaluated {
-            let scores = evaluate(config, &inputs, &trainer, forward, world, console);
-            journal.metrics.write(&json!({ "step": step + 1, "eval": scores }))?;
+            let scores = evaluator.step(step + 1, &trainer, &inputs, None, &context, journal.metrics)?;
             evaluations.during.push((step + 1, scores));
             journal.between_steps(world);
         }
@@ -230,8 +233,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
 
     trainer.check_weights(steps, world)?;
     if config.eval.after {
-        evaluations.after = evaluate(config, &inputs, &trainer, forward, world, console);
-        metrics.write(&json!({ "step": steps, "eval": evaluations.after }))?;
+        evaluations.after = evaluator.step(steps, &trainer, &inputs, None, &context, &mut metrics)?;
     }
     world.watchdog.set_deadline(timeout.max(FILES_DEADLINE));
     if config.export.model || config.scope.lora.is_some() {
@@ -437,33 +439,6 @@ fn reference(
         cache.load_rows(&trainer.decoder, weights, dataset, &samples, what, &identity(&dataset.digest), &options)?;
     }
     Ok(Some(cache))
-}
-
-/// Scores of every set that is given, by its name. All ranks call it.
-fn evaluate(
-    config: &Config,
-    inputs: &Inputs,
-    trainer: &Trainer,
-    forward: ForwardOptions,
-    world: &World,
-    console: &Console,
-) -> Vec<(String, LikelihoodScores)> {
-    let sets = inputs.sets();
-    let chosen = |set: &Dataset| match config.eval.max_samples {
-        0 => set.samples.len(),
-        most => set.samples.len().min(most),
-    };
-    let total: usize = sets.iter().map(|(_, set)| chosen(set).div_ceil(world.mesh.dp)).sum();
-    let mut bar = console.progress("evaluation", total as u64, "samples");
-    let (decoder, weights) = (&trainer.decoder, &trainer.parameters.weights);
-    let model = eval::Asked { decoder, weights, world, forward };
-    sets.into_iter()
-        .map(|(name, set)| {
-            let advance = |n: usize| bar.advance(n as u64, name);
-            let scores = eval::per_sample(model, set, advance);
-            (name.to_owned(), eval::summarise(&scores[..chosen(set)]))
-        })
-        .collect()
 }
 
 fn export_model(

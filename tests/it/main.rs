@@ -4,6 +4,7 @@
 
 mod checkpoints;
 mod failures;
+mod generation;
 mod golden_logits;
 mod golden_step;
 mod layouts;

@@ -47,6 +47,19 @@ pub(super) fn passage(template: &ChatTemplate, messages: &[Message]) -> Result<P
     Ok(Passage { text, turns, is_chat: true, prefix_broken })
 }
 
+/// The text that a model is given which is to answer `messages`: as [`passage`] has it before the answer.
+pub(super) fn prompt(template: &ChatTemplate, messages: &[Message]) -> Result<String, DataError> {
+    let answer = Message { role: Role::Assistant, content: MARK.to_owned() };
+    let messages: Vec<_> = messages.iter().cloned().chain([answer]).collect();
+    let Passage { mut text, turns, prefix_broken, .. } = passage(template, &messages)?;
+    if prefix_broken {
+        // the template asks in other words than it records
+        return template.render(&messages[..messages.len() - 1], Continue::Answer);
+    }
+    text.truncate(turns.last().map_or(0, |turn| turn.start));
+    Ok(text)
+}
+
 /// Where turn `k` ends in `text`, the text of all messages.
 fn end(template: &ChatTemplate, messages: &[Message], k: usize, text: &str) -> Result<usize, DataError> {
     let until = template.render(&messages[..=k], Continue::No)?;

@@ -110,6 +110,81 @@ impl Encoder {
         self.sample(&passage, max_length)
     }
 
+    /// What a model is given that is to answer `question`: up to where the answer of a sample begins.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn question(&self, question: &str) -> Result<Vec<i32>, DataError> {
+        match &self.form {
+            Form::PromptAnswer(template) => self.text(&template.fill(question, "").0),
+            Form::Chat(_) => self.turns(&[Message { role: Role::User, content: question.to_owned() }]),
+        }
+    }
+
+    /// What a model is given that is to answer a chat of these turns, with the system message before them where the encoder has one
+    /// and they have none.
+    ///
+    /// # Errors
+    /// A chat template that is missing or refuses the messages; a prompt and answer template.
+    pub fn turns(&self, messages: &[Message]) -> Result<Vec<i32>, DataError> {
+        let Form::Chat(template) = &self.form else { return Err(DataError::ChatNeedsChatTemplate) };
+        let own = messages.iter().any(|message| message.role == Role::System);
+        let system = self.system.iter().filter(|_| !own);
+        let system = system.map(|text| Message { role: Role::System, content: text.clone() });
+        let messages: Vec<_> = system.chain(messages.iter().cloned()).collect();
+        Ok(ids(&self.run(&chat::prompt(self.required(template)?, &messages)?, false)?))
+    }
+
+    /// The tokens of a text that is to be continued; begin-of-text tokens where the tokenizer puts them.
+    ///
+    /// # Errors
+    /// A tokenizer that refuses the text.
+    pub fn text(&self, text: &str) -> Result<Vec<i32>, DataError> {
+        let mut tokens = ids(&self.run(text, true)?);
+        // some tokenizers end every text
+        while tokens.len() > 1 && tokens.last().is_some_and(|&token| self.ends_text(token)) {
+            tokens.pop();
+        }
+        Ok(tokens)
+    }
+
+    /// The text of `tokens` without special tokens.
+    pub fn decode(&self, tokens: &[i32]) -> String {
+        let ids: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
+        self.tokenizer.decode(&ids, true).unwrap_or_default()
+    }
+
+    /// `prompt` and `text` as one text without template, with the tokens that reach into `text` scored; no end-of-text token is added.
+    ///
+    /// # Errors
+    /// A tokenizer that refuses the text, or makes no token of `text`.
+    pub fn continuation(&self, prompt: &str, text: &str) -> Result<Sample, DataError> {
+        let encoding = self.run(&[prompt, text].concat(), true)?;
+        let own = |at: &usize| encoding.get_special_tokens_mask()[*at] == 0;
+        let end = (0..encoding.len()).rfind(own).map_or(0, |last| last + 1);
+        let reaches = |&at: &usize| at > 0 && own(&at) && encoding.get_offsets()[at].1 > prompt.len();
+        let scored: Vec<u32> = (0..end).filter(reaches).map(|at| at as u32).collect();
+        if scored.is_empty() {
+            return Err(DataError::NothingScored);
+        }
+        Ok(Sample { tokens: ids(&encoding)[..end].to_vec(), scored })
+    }
+
+    /// Whether a token is none of the text: an end of text or of a turn, for example.
+    pub fn is_special(&self, token: i32) -> bool {
+        self.special.contains(&token)
+    }
+
+    /// Whether generation stops at a token.
+    pub fn ends_text(&self, token: i32) -> bool {
+        self.eos.contains(&token)
+    }
+
+    /// Whether the folder has a chat template, where one was asked for.
+    pub fn has_chat_template(&self) -> bool {
+        matches!(self.form, Form::Chat(Some(_)))
+    }
+
     fn required<'a>(&self, template: &'a Option<Box<ChatTemplate>>) -> Result<&'a ChatTemplate, DataError> {
         template.as_deref().ok_or_else(|| DataError::NoChatTemplate { folder: self.folder.clone() })
     }
@@ -161,12 +236,6 @@ impl Encoder {
 
 #[cfg(test)]
 impl Encoder {
-    /// The text of `tokens` without special tokens.
-    pub(in crate::data) fn decode(&self, tokens: &[i32]) -> String {
-        let ids: Vec<u32> = tokens.iter().map(|&token| token as u32).collect();
-        self.tokenizer.decode(&ids, true).unwrap()
-    }
-
     pub(in crate::data) fn vocab_size(&self) -> usize {
         self.tokenizer.get_vocab_size(true)
     }

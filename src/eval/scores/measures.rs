@@ -1,11 +1,6 @@
 //! Numbers of one item from the scores of its tokens. An end-of-text token counts in the mean log-likelihood and in nothing else,
 //! as in OpenUnlearning.
 
-use std::io::Write;
-
-use flate2::Compression;
-use flate2::write::ZlibEncoder;
-
 use super::TextScore;
 
 /// What extraction strength is of a text whose last token is wrong.
@@ -70,12 +65,6 @@ impl TextScore {
     fn len(&self) -> usize {
         self.logprobs.len() - usize::from(self.ended)
     }
-}
-
-/// Bytes of the text under zlib at Python's default level, the length by which the zlib attack divides.
-pub fn zlib_bytes(text: &str) -> usize {
-    let mut encoder = ZlibEncoder::new(Vec::new(), Compression::new(6));
-    encoder.write_all(text.as_bytes()).and_then(|()| encoder.finish()).expect("invariant: memory takes bytes").len()
 }
 
 fn mean(values: &[f32]) -> Option<f64> {
@@ -156,13 +145,5 @@ mod tests {
             TextScore { logprobs: vec![-1.0, f32::NAN], correct: vec![true; 2], moments: vec![], ended: false };
         assert!(broken.nll().unwrap().is_nan() && broken.min_k(0.4).unwrap().is_nan());
         assert_eq!(broken.min_k_plus_plus(0.4), None, "moments were not asked for");
-    }
-
-    /// Lengths of Python's `zlib.compress(text.encode())`.
-    #[test]
-    fn zlib_is_pythons() {
-        for (text, bytes) in [("", 8), ("aaaaaaaaaaaaaaaaaaaa", 11), ("The author's full name is Hsiao Yun-Hwa.", 48)] {
-            assert_eq!(zlib_bytes(text), bytes, "{text}");
-        }
     }
 }

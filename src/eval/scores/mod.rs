@@ -12,7 +12,7 @@ use crate::data::{Item, MicroBatch, Sample, Sequence, Stream, pack, share};
 use crate::dist::World;
 use crate::model::{Decoder, Keep, Weights};
 
-pub use measures::{Floor, zlib_bytes};
+pub use measures::Floor;
 
 /// A sequence and the tokens whose log-probabilities are asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -5,11 +5,14 @@
 //! sequences of a batch go through one flash kernel, in bf16; what it does not take (`explicit`) holds the scores of one
 //! sequence at a time.
 
+mod cached;
 mod explicit;
 mod host;
 mod varlen;
 
 use tch::{Device, Tensor};
+
+pub use cached::{Cached, one_more};
 
 use crate::abi::torch_cuda::FlashState;
 
