@@ -33,8 +33,8 @@ impl Figure {
 /// Colour of a set: what is to be forgotten and what is to be kept look the same everywhere.
 fn set_colour(set: &str, index: usize) -> usize {
     match set {
-        set if set.contains("forget") => 1,
-        set if set.contains("retain") => 0,
+        "forget" => 1,
+        "retain" => 0,
         _ => 2 + index % (super::plot::COLOURS - 2),
     }
 }

@@ -2,6 +2,7 @@
 
 use super::html::number;
 use super::run::Run;
+use crate::eval::statistics::mean;
 use crate::eval::{Evaluation, Item};
 
 /// One remark about a run.
@@ -169,7 +170,8 @@ fn written<'a>(case: &'a Case) -> Vec<&'a Item> {
 }
 
 fn gibberish(case: &Case) -> Option<Finding> {
-    let repetition = value(case.after, "", "repetition");
+    let repeated: Vec<f64> = written(case).iter().filter_map(|item| item.numbers.get("repetition").copied()).collect();
+    let repetition = mean(&repeated).ok();
     let variety = value(case.before, "", "variety").zip(value(case.after, "", "variety"));
     if let Some(repetition) = repetition.filter(|x| *x > 0.5) {
         return warning(format!(
@@ -201,9 +203,7 @@ fn silence(case: &Case) -> Option<Finding> {
 
 /// Forget quality below the usual bar.
 fn distinguishable(case: &Case) -> Option<Finding> {
-    let log10 = value(case.after, "tofu", "log10_forget_quality")
-        .or_else(|| value(case.after, "tofu", "forget_quality_log10"))
-        .or_else(|| value(case.after, "tofu", "forget_quality").filter(|p| *p > 0.0).map(f64::log10))?;
+    let log10 = case.after?.value("tofu.log10_forget_quality")?;
     if log10 >= 0.05f64.log10() {
         return note(format!(
             "Forget quality p = {}: the test does not tell the model from the retrained one.",
@@ -233,7 +233,7 @@ fn overshoot(case: &Case) -> Option<Finding> {
 /// The share of what was forgotten that an attack's curve brings back.
 fn recovered(case: &Case, attack: &str) -> Option<(f64, String)> {
     let (curve_name, curve) = case.after?.curves.iter().find(|(name, _)| name.contains(attack))?;
-    let metric = ["forget.probability", "forget.rouge_l_recall", "forget.rouge", "forget.extraction_strength"]
+    let metric = ["forget.probability", "forget.rouge_l_recall", "forget.extraction_strength"]
         .into_iter()
         .find(|metric| curve.points.iter().any(|point| point.contains_key(*metric)))?;
     let before = case.before?.value(metric)?;
@@ -282,11 +282,7 @@ fn quantisation(case: &Case) -> Option<Finding> {
 fn diverging(case: &Case) -> Option<Finding> {
     let norms: Vec<f64> = case.run.steps.iter().filter_map(|line| line.get("grad_norm").copied()).collect();
     let tenth = norms.len() / 10;
-    if tenth == 0 {
-        return None;
-    }
-    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
-    let (first, last) = (mean(&norms[..tenth]), mean(&norms[norms.len() - tenth..]));
+    let (first, last) = (mean(&norms[..tenth]).ok()?, mean(&norms[norms.len() - tenth..]).ok()?);
     if !(first > 0.0 && last > 10.0 * first) {
         return None;
     }

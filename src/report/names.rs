@@ -1,53 +1,44 @@
 //! Metrics in words, and which of them come first.
 
 /// Words for the last part of a metric's name.
-const WORDS: [(&str, &str); 22] = [
+const WORDS: [(&str, &str); 19] = [
     ("probability", "answer probability"),
     ("token_accuracy", "token accuracy"),
     ("rouge_l_recall", "ROUGE-L recall"),
     ("rouge_l_f1", "ROUGE-L F1"),
-    ("rouge", "ROUGE-L recall"),
     ("extraction_strength", "extraction strength"),
     ("exact_memorisation", "exact memorisation"),
     ("truth_ratio", "truth ratio"),
     ("forget_quality", "forget quality (p)"),
     ("log10_forget_quality", "forget quality, log₁₀ p"),
-    ("forget_quality_log10", "forget quality, log₁₀ p"),
     ("model_utility", "model utility"),
     ("priv_leak", "PrivLeak (%)"),
-    ("privleak", "PrivLeak (%)"),
-    ("verbmem", "verbatim memorisation"),
-    ("knowmem_forget", "knowledge of forget set"),
-    ("knowmem_retain", "knowledge of retain set"),
-    ("min_k", "Min-k% AUC"),
-    ("min_k_plus_plus", "Min-k%++ AUC"),
-    ("zlib", "zlib AUC"),
+    ("min_k_auc", "Min-k% AUC"),
+    ("min_k_plus_plus_auc", "Min-k%++ AUC"),
+    ("zlib_auc", "zlib AUC"),
+    ("loss_auc", "loss AUC"),
+    ("per_token", "perplexity of a token"),
+    ("bits_per_byte", "bits a byte"),
     ("loss", "loss (nats a token)"),
     ("accuracy", "accuracy"),
 ];
 
 /// Ends of names in the order in which they stand in the headline. What is not here is in the table of all metrics.
-const HEADLINE: [&str; 20] = [
+const HEADLINE: [&str; 14] = [
     "log10_forget_quality",
-    "forget_quality_log10",
     "model_utility",
     "probability",
     "token_accuracy",
     "rouge_l_recall",
     "rouge_l_f1",
-    "rouge",
     "extraction_strength",
     "truth_ratio",
-    "verbmem",
-    "knowmem_forget",
-    "knowmem_retain",
     "priv_leak",
-    "privleak",
+    "min_k_auc",
     "accuracy",
-    "fluency",
     "variety",
     "repetition",
-    "token",
+    "per_token",
 ];
 
 /// The name of a metric for a person: `forget: answer probability`.
@@ -67,16 +58,17 @@ pub(super) fn metric_words(metric: &str) -> String {
 pub(super) fn headline_rank(name: &str) -> Option<(usize, String, usize)> {
     let (set, metric) = name.rsplit_once('.').unwrap_or(("", name));
     let rank = HEADLINE.iter().position(|key| *key == metric)?;
-    Some((about(set), set.to_owned(), rank))
+    Some((about(set)?, set.to_owned(), rank))
 }
 
-/// Whole benchmarks first, then what was to be forgotten, what was to be kept, the rest.
-fn about(set: &str) -> usize {
+/// Whole benchmarks first, then what was to be forgotten, what was to be kept, the rest. None: parts of a benchmark's own aggregate.
+fn about(set: &str) -> Option<usize> {
     match set {
-        "tofu" | "muse" => 0,
-        set if set.contains("forget") => 1,
-        set if set.contains("retain") => 2,
-        _ => 3,
+        "tofu_real_authors" | "tofu_world_facts" => None,
+        "tofu" => Some(0),
+        set if set.contains("forget") || set == "muse_verbmem" => Some(1),
+        set if set.contains("retain") => Some(2),
+        _ => Some(3),
     }
 }
 
@@ -87,19 +79,31 @@ mod tests {
     #[test]
     fn names_become_words() {
         assert_eq!(words("forget.probability"), "forget: answer probability");
-        assert_eq!(words("tofu.world_facts.rouge"), "tofu.world facts: ROUGE-L recall");
+        assert_eq!(words("tofu_world_facts.rouge_l_recall"), "tofu world facts: ROUGE-L recall");
         assert_eq!(words("seconds"), "seconds");
     }
 
     #[test]
     fn what_was_to_be_forgotten_comes_before_what_was_to_be_kept() {
-        let mut names =
-            ["retain.probability", "wmdp_bio.accuracy", "forget.rouge", "tofu.model_utility", "forget.probability"];
+        let mut names = [
+            "retain.probability",
+            "wmdp_bio.accuracy",
+            "forget.rouge_l_f1",
+            "tofu.model_utility",
+            "forget.probability",
+        ];
         names.sort_by_key(|name| headline_rank(name));
         assert_eq!(
             names,
-            ["tofu.model_utility", "forget.probability", "forget.rouge", "retain.probability", "wmdp_bio.accuracy"]
+            [
+                "tofu.model_utility",
+                "forget.probability",
+                "forget.rouge_l_f1",
+                "retain.probability",
+                "wmdp_bio.accuracy"
+            ]
         );
         assert_eq!(headline_rank("forget.loss"), None);
+        assert_eq!(headline_rank("tofu_world_facts.probability"), None);
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::eval::record::FORMAT;
+use crate::eval::record::{FOLDER, FORMAT};
 use crate::eval::{Better, EvalError, Evaluation, Metric, ModelFacts};
 
 /// Why there is no report.
@@ -84,14 +84,10 @@ impl Run {
         if run.summary.is_none() && run.steps.is_empty() && run.evaluations.is_empty() {
             return Err(ReportError::NoRun(folder.to_owned()));
         }
-        for (key, place) in [("retrained", 0), ("original", 1)] {
-            let slot = if place == 0 { &mut run.retrained } else { &mut run.original };
-            if slot.is_none()
-                && let Some(other) = setting(&run.config, &["eval", key])
-            {
-                *slot = other_model(Path::new(&other));
-            }
-        }
+        let other = |name: &str| other_model(folder, &run.config, name, run.evaluations.last()?);
+        let (retrained, original) = (other("retrained"), other("original"));
+        run.retrained = run.retrained.take().or(retrained);
+        run.original = run.original.take().or(original);
         Ok(run)
     }
 
@@ -143,10 +139,20 @@ fn setting(config: &str, path: &[&str]) -> Option<String> {
     Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
 }
 
-/// Results of another model by the path that the configuration names: a file of results, or a run folder with some.
-fn other_model(path: &Path) -> Option<Evaluation> {
-    let file = if path.is_dir() { Evaluation::files(path).pop()? } else { path.to_owned() };
-    Evaluation::read(&file).ok()?.with_all_items(&file).ok()
+/// Results of the model that the configuration names as `eval.retrained` or `eval.original`: what the run has kept of it in its cache, else the
+/// file of results or the last results of the run folder that is named. They must be of the same items as `like`.
+fn other_model(folder: &Path, config: &str, name: &str, like: &Evaluation) -> Option<Evaluation> {
+    let path = PathBuf::from(setting(config, &["eval", name])?);
+    let cache = setting(config, &["eval", "cache"]).map_or_else(|| folder.join("cache/eval"), PathBuf::from);
+    let kept = fs::read_dir(cache).into_iter().flatten().flatten();
+    let mut files: Vec<PathBuf> = kept.map(|entry| entry.path().join(FOLDER).join(format!("{name}.json"))).collect();
+    files.sort();
+    let of_it = |one: &Evaluation| one.model.path == path || one.model.path == path.join("model");
+    let read = |file: &PathBuf| Evaluation::read(file).ok()?.with_all_items(file).ok();
+    let same = |one: &Evaluation| like.data.iter().all(|(set, digest)| one.data.get(set).is_none_or(|it| it == digest));
+    let direct = if path.is_file() { Some(path.clone()) } else { Evaluation::files(&path).pop() };
+    let cached = files.iter().filter_map(read).find(|one| of_it(one) && same(one));
+    cached.or_else(|| direct.as_ref().and_then(read).filter(same))
 }
 
 fn json(path: &Path) -> Result<Value, ReportError> {

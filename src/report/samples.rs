@@ -37,7 +37,7 @@ pub(super) fn html(runs: &[Run]) -> String {
 fn choose<'a>(items: &'a [Item], before: Option<&Vec<Item>>, forget: bool) -> Vec<(&'a Item, &'static str)> {
     let known = |item: &Item| {
         let of = |item: &Item| {
-            ["rouge_l_recall", "rouge", "probability"].iter().find_map(|key| item.numbers.get(*key)).copied()
+            ["rouge_l_recall", "rouge_l_f1", "probability"].iter().find_map(|key| item.numbers.get(*key)).copied()
         };
         let start = before.and_then(|items| items.iter().find(|other| other.index == item.index)).and_then(of);
         let now = of(item)?;
@@ -75,7 +75,7 @@ fn card(item: &Item, why: &str, set: &str, columns: &[Column]) -> String {
 fn said(evaluation: &Evaluation, set: &str, item: &Item) -> Option<String> {
     let same = |other: &&Item| other.index == item.index && other.prompt == item.prompt;
     let other = evaluation.items.get(set)?.iter().find(same)?;
-    let numbers: Vec<String> = [("probability", "probability"), ("rouge_l_recall", "ROUGE-L"), ("rouge", "ROUGE-L")]
+    let numbers: Vec<String> = [("probability", "probability"), ("rouge_l_recall", "ROUGE-L"), ("rouge_l_f1", "F1")]
         .iter()
         .filter_map(|(key, label)| Some(format!("{label} {}", number(*other.numbers.get(*key)?))))
         .collect();

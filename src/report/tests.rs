@@ -185,6 +185,32 @@ fn a_run_with_everything_has_every_part() {
     assert_eq!(cells[cells.len() - 3..], ["0.9500", "0.0500", "0.1500"], "before, after, retrained: {text}");
 }
 
+/// The retrained model's results where a run keeps them: in its cache, by the path that the configuration names.
+#[test]
+fn the_retrained_model_is_found_in_the_cache() {
+    let (_kept, paths) = folders(&["run"]);
+    write_run(&paths[0], 0.9);
+    fs::remove_file(paths[0].join("eval/retrained.json")).unwrap();
+    let mut other = evaluation(&Model { label: "retrained", step: None, forget: 0.21, retain: 0.9 });
+    other.model.path = "models/other/model".into();
+    other.write(&paths[0].join("cache/eval/0a1b")).unwrap();
+    let named = |config: &str| {
+        fs::write(paths[0].join("config.toml"), config).unwrap();
+        read(&paths).unwrap()[0].retrained.as_ref().and_then(|one| one.value("forget.probability"))
+    };
+    assert_eq!(named("[eval]\nretrained = \"models/other\"\n"), Some(0.21));
+    assert_eq!(named("[eval]\nretrained = \"models/another\"\n"), None);
+    assert_eq!(named(""), None);
+    // of other items: not comparable
+    other.data.insert("forget".into(), "another split".into());
+    other.write(&paths[0].join("cache/eval/0a1b")).unwrap();
+    let last = paths[0].join("eval/step_000030.json");
+    let mut after = Evaluation::read(&last).unwrap().with_all_items(&last).unwrap();
+    after.data.insert("forget".into(), "this split".into());
+    after.write(&paths[0]).unwrap();
+    assert_eq!(named("[eval]\nretrained = \"models/other\"\n"), None);
+}
+
 #[test]
 fn runs_are_compared() {
     let (_kept, paths) = folders(&["one/npo", "two/npo", "two/ga"]);
@@ -295,7 +321,6 @@ fn each_rule_speaks_where_it_should() {
     assert!(with(("tofu.log10_forget_quality", -5.0)).contains("p = 10^-5.0, below 0.05"));
     assert!(with(("tofu.log10_forget_quality", -5.0)).contains("from 40 items"));
     assert!(with(("tofu.log10_forget_quality", -0.1)).contains("does not tell the model from the retrained one"));
-    assert!(with(("forget.repetition", 0.7)).contains("The answers repeat themselves: 70%"));
     assert!(with(("attack.quantise_nf4.forget.probability", 0.5)).contains("Rounding the weights brings back 50%"));
     let mut relearnt = silent.clone();
     let point = |p: f64| BTreeMap::from([("step".to_owned(), p), ("forget.probability".to_owned(), p)]);
@@ -309,6 +334,9 @@ fn each_rule_speaks_where_it_should() {
     let item = |text: &str| Item { generation: Some(text.to_owned()), ..Item::default() };
     silence.evaluations[1].items.insert("forget".into(), vec![item(" "), item("a"), item("b")]);
     assert!(told(&silence).contains("1 of 3 answers about the forget set are empty"));
+    let repeating = Item { numbers: [("repetition".to_owned(), 0.7)].into(), ..item("the the the") };
+    silence.evaluations[1].items.insert("forget".into(), vec![repeating]);
+    assert!(told(&silence).contains("The answers repeat themselves: 70%"));
     let mut varied = silent.clone();
     varied.evaluations[0].put("forget.variety", None, Metric::new(0.9, 4, Better::Higher));
     varied.evaluations[1].put("forget.variety", None, Metric::new(0.5, 4, Better::Higher));

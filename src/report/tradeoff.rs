@@ -10,17 +10,21 @@ use crate::eval::statistics::{TradeoffPoint, aues};
 
 /// Metrics of both sets, the more telling ones first.
 const METRICS: [&str; 6] =
-    ["extraction_strength", "rouge_l_recall", "rouge", "probability", "exact_memorisation", "token_accuracy"];
+    ["extraction_strength", "rouge_l_recall", "rouge_l_f1", "probability", "exact_memorisation", "token_accuracy"];
+
+/// What was to be forgotten and what was to be kept: of the run's own data, else of a benchmark.
+const SETS: [(&str, &str); 3] =
+    [("forget", "retain"), ("tofu_forget", "tofu_retain"), ("muse_knowmem_forget", "muse_knowmem_retain")];
 
 /// At most three planes.
 pub(super) fn planes(runs: &[Run]) -> Vec<Figure> {
-    let utility = ["log10_forget_quality", "forget_quality_log10"]
-        .iter()
-        .filter_map(|quality| plane(runs, &format!("tofu.{quality}"), "tofu.model_utility", "upper right is better"));
+    let utility = plane(runs, "tofu.log10_forget_quality", "tofu.model_utility", "upper right is better");
     let both = METRICS.iter().filter_map(|metric| {
-        plane(runs, &format!("forget.{metric}"), &format!("retain.{metric}"), "upper left is better")
+        SETS.iter().find_map(|(forget, retain)| {
+            plane(runs, &format!("{forget}.{metric}"), &format!("{retain}.{metric}"), "upper left is better")
+        })
     });
-    utility.chain(both).take(3).collect()
+    utility.into_iter().chain(both).take(3).collect()
 }
 
 fn plane(runs: &[Run], x: &str, y: &str, direction: &str) -> Option<Figure> {
@@ -53,17 +57,15 @@ fn plane(runs: &[Run], x: &str, y: &str, direction: &str) -> Option<Figure> {
         trails,
         include: if shares { vec![(0.0, 0.0), (1.0, 1.0)] } else { Vec::new() },
     };
-    let area = if x == "forget.extraction_strength" { areas(runs) } else { String::new() };
+    let area = if x.ends_with(".extraction_strength") { areas(runs, x, y) } else { String::new() };
     Figure::new(format!("↑ {}", names::words(y)), format!("{direction}; a ring is the start{area}"), scatter.svg())
 }
 
-/// AUES of each run with several checkpoints.
-fn areas(runs: &[Run]) -> String {
+/// AUES of each run with several checkpoints, from the extraction strength of both sets.
+fn areas(runs: &[Run], forget: &str, retain: &str) -> String {
     let area = |run: &Run| {
-        let point = |one: &Evaluation| {
-            let (forget, retain) = (one.value("forget.extraction_strength")?, one.value("retain.extraction_strength")?);
-            Some(TradeoffPoint { forget: 1.0 - forget, retain })
-        };
+        let point =
+            |one: &Evaluation| Some(TradeoffPoint { forget: 1.0 - one.value(forget)?, retain: one.value(retain)? });
         let points: Vec<TradeoffPoint> =
             run.evaluations.iter().filter(|one| one.step.is_some()).filter_map(point).collect();
         if points.len() < 3 {
