@@ -169,6 +169,8 @@ fn a_run_with_everything_has_every_part() {
         "Configuration",
         "Environment",
         "AUES",
+        // 95% of the utility is left after 28.5 of 30 steps, where log10 p is -20 (0.95 - 0.03 x 28.5)
+        "MU95 -1.9000",
         "npo + nll",
         "greatest distance from the retrained model",
         "still known best",

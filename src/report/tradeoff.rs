@@ -1,12 +1,12 @@
 //! Forgetting against keeping: one plane a metric, with the way of each run and the retrained model.
 
 use super::figures::{Figure, run_colour};
-use super::html::number;
+use super::html::{escape, number};
 use super::names;
 use super::plot::{Scatter, Trail};
 use super::run::Run;
 use crate::eval::Evaluation;
-use crate::eval::statistics::{TradeoffPoint, aues};
+use crate::eval::statistics::{TradeoffPoint, UtilityPoint, aues, mu95};
 
 /// Metrics of both sets, the more telling ones first.
 const METRICS: [&str; 6] =
@@ -57,23 +57,41 @@ fn plane(runs: &[Run], x: &str, y: &str, direction: &str) -> Option<Figure> {
         trails,
         include: if shares { vec![(0.0, 0.0), (1.0, 1.0)] } else { Vec::new() },
     };
-    let area = if x.ends_with(".extraction_strength") { areas(runs, x, y) } else { String::new() };
-    Figure::new(format!("↑ {}", names::words(y)), format!("{direction}; a ring is the start{area}"), scatter.svg())
+    let scores = match x {
+        _ if x.ends_with(".extraction_strength") => told(runs, "AUES", |run| area(run, x, y)),
+        "tofu.log10_forget_quality" => told(runs, "MU95", |run| threshold(run, x, y)),
+        _ => String::new(),
+    };
+    Figure::new(format!("↑ {}", names::words(y)), format!("{direction}; a ring is the start{scores}"), scatter.svg())
 }
 
-/// AUES of each run with several checkpoints, from the extraction strength of both sets.
-fn areas(runs: &[Run], forget: &str, retain: &str) -> String {
-    let area = |run: &Run| {
-        let point =
-            |one: &Evaluation| Some(TradeoffPoint { forget: 1.0 - one.value(forget)?, retain: one.value(retain)? });
-        let points: Vec<TradeoffPoint> =
-            run.evaluations.iter().filter(|one| one.step.is_some()).filter_map(point).collect();
-        if points.len() < 3 {
-            return None;
-        }
-        let value = number(aues(&points).ok()?.value);
-        Some(if runs.len() == 1 { value } else { format!("{} {value}", super::html::escape(&run.name)) })
+/// A score of each run that has one.
+fn told(runs: &[Run], name: &str, score: impl Fn(&Run) -> Option<f64>) -> String {
+    let one = |run: &Run| {
+        let value = number(score(run)?);
+        Some(if runs.len() == 1 { value } else { format!("{} {value}", escape(&run.name)) })
     };
-    let areas: Vec<String> = runs.iter().filter_map(area).collect();
-    if areas.is_empty() { String::new() } else { format!("; AUES {}", areas.join(", ")) }
+    let all: Vec<String> = runs.iter().filter_map(one).collect();
+    if all.is_empty() { String::new() } else { format!("; {name} {}", all.join(", ")) }
+}
+
+/// Evaluations at steps: fewer than three say nothing of the way between them.
+fn checkpoints<T>(run: &Run, point: impl Fn(&Evaluation) -> Option<T>) -> Option<Vec<T>> {
+    let points: Vec<T> = run.evaluations.iter().filter(|one| one.step.is_some()).filter_map(point).collect();
+    (points.len() > 2).then_some(points)
+}
+
+/// AUES, from the extraction strength of both sets.
+fn area(run: &Run, forget: &str, retain: &str) -> Option<f64> {
+    let point = |one: &Evaluation| Some(TradeoffPoint { forget: 1.0 - one.value(forget)?, retain: one.value(retain)? });
+    Some(aues(&checkpoints(run, point)?).ok()?.value)
+}
+
+/// MU95: log10 of the forget quality where the model utility has fallen to 95% of what it was.
+fn threshold(run: &Run, quality: &str, utility: &str) -> Option<f64> {
+    let point = |one: &Evaluation| {
+        let log10_forget_quality = one.value(quality)?;
+        Some(UtilityPoint { step: one.step?, utility: one.value(utility)?, log10_forget_quality })
+    };
+    Some(mu95(&checkpoints(run, point)?).ok()?.log10_forget_quality)
 }
