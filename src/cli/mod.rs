@@ -10,6 +10,7 @@ mod check;
 mod checkpoint;
 mod device;
 mod ending;
+mod eval;
 mod launch;
 mod methods;
 mod report;
@@ -24,7 +25,7 @@ use clap::Parser;
 
 use crate::checkpoint::write_random;
 use crate::config;
-use crate::data::synth;
+use crate::data::{small_model, synth};
 use crate::model::families;
 
 /// Exit code for a mistake in command, configuration or data: trying again changes nothing.
@@ -64,11 +65,13 @@ pub fn main() -> ExitCode {
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Checkpoint(options) }) => bench::checkpoint(&options, &launched),
         Some(Verb::Check(options)) => check::check(&options, &launched),
+        Some(Verb::Eval(options)) => eval::eval(&options, &launched, started),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
         Some(Verb::Weights { verb }) => weights::weights(&verb, &launched),
         Some(Verb::Report(options)) => report::report(&options),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
+        Some(Verb::Data { verb: DataVerb::Model(options) }) => write_model(&options),
     };
     match result {
         Ok(()) => ending::code(),
@@ -77,7 +80,7 @@ pub fn main() -> ExitCode {
 }
 
 fn show(file: &std::path::Path, set: &[String]) -> anyhow::Result<()> {
-    print!("{}", config::to_toml(&config::from_file(file, set)?));
+    print!("{}", config::to_toml(&config::any_from_file(file, set)?));
     Ok(())
 }
 
@@ -96,6 +99,18 @@ fn write_synth(options: &arguments::SynthOptions) -> anyhow::Result<()> {
         summary.retain,
         summary.vocab_size,
         if options.weights { " with random weights" } else { "" }
+    );
+    Ok(())
+}
+
+fn write_model(options: &arguments::ModelOptions) -> anyhow::Result<()> {
+    let arguments::ModelOptions { hidden, layers, heads, kv_heads, intermediate, .. } = *options;
+    let shape = small_model::Shape { hidden, layers, heads, kv_heads, intermediate };
+    let num_tokens = small_model::from_files(&options.out, &options.text, options.vocab, &shape, options.force)?;
+    let parameters = families::read(&options.out)?.num_parameters();
+    println!(
+        "{}: a Llama of {parameters} parameters without weights, and its tokenizer of {num_tokens} tokens; start it with init = \"random\"",
+        options.out.display()
     );
     Ok(())
 }

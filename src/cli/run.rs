@@ -11,7 +11,7 @@ use super::ending;
 use super::launch::Launched;
 use super::report;
 use crate::abi::{host, signals};
-use crate::config::{self, Dp};
+use crate::config::{self, Config, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
 use crate::run::{self, Context, MemoryWords, Outcome};
 use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
@@ -35,6 +35,28 @@ pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyho
 fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     let path = options.config.as_ref().context("--config is missing")?;
     let config = config::from_file(path, &options.set)?;
+    let context = context(ranks, &config, options, launched, started)?;
+    let is_first = context.world.is_first();
+    signals::note_requests();
+    match tch::no_grad(|| run::run(&config, context))? {
+        Outcome::Finished(_) => {
+            if is_first {
+                report::after_run(&config.run.dir);
+            }
+            Ok(())
+        }
+        Outcome::Stopped => ending::to_be_continued(),
+    }
+}
+
+/// The ranks' groups, device, threads and log for a configuration. All ranks call it.
+pub(super) fn context(
+    ranks: &Ranks,
+    config: &Config,
+    options: &RunOptions,
+    launched: &Launched,
+    started: Instant,
+) -> anyhow::Result<Context> {
     let dp = match config.parallel.dp {
         Dp::Auto => None,
         Dp::Ranks(n) => Some(n),
@@ -54,8 +76,7 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     let (fault, mpi_version) = (options.fault, ranks.version());
     let memory_words = MemoryWords::default();
     ending::explain_memory(&memory_words);
-    let is_first = world.is_first();
-    let context = Context {
+    Ok(Context {
         memory_words,
         world,
         device,
@@ -67,17 +88,7 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
         force_resume,
         mpi_version,
         fault,
-    };
-    signals::note_requests();
-    match tch::no_grad(|| run::run(&config, context))? {
-        Outcome::Finished(_) => {
-            if is_first {
-                report::after_run(&config.run.dir);
-            }
-            Ok(())
-        }
-        Outcome::Stopped => ending::to_be_continued(),
-    }
+    })
 }
 
 /// How long ranks without MPI wait for each other at the start.

@@ -15,6 +15,13 @@ pub fn from_file(path: &Path, overrides: &[String]) -> Result<Config, ConfigErro
     from_str(&text, &path.display().to_string(), overrides)
 }
 
+/// As [`from_file`], or as [`evaluation_from_file`] where the file has no method.
+pub fn any_from_file(path: &Path, overrides: &[String]) -> Result<Config, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let has_method = toml::from_str::<toml::Table>(&text).map_or(true, |table| table.contains_key("method"));
+    if has_method { from_file(path, overrides) } else { evaluation_from_file(path, overrides) }
+}
+
 /// As [`from_file`] for an evaluation alone: `[method]`, `[train]` and `[optimizer]` may be missing, and what they say of training does
 /// not matter.
 pub fn evaluation_from_file(path: &Path, overrides: &[String]) -> Result<Config, ConfigError> {

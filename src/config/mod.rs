@@ -16,7 +16,7 @@ mod words;
 pub use data::{Fields, Kind, Source, Template, TemplateName};
 pub use error::ConfigError;
 pub use eval::*;
-pub use load::{digest, evaluation_from_file, from_file, from_str, json_schema, to_json, to_toml};
+pub use load::{any_from_file, digest, evaluation_from_file, from_file, from_str, json_schema, to_json, to_toml};
 pub use method::*;
 pub use schema::*;
 pub use scope::*;

@@ -8,6 +8,7 @@ mod pack;
 mod record;
 mod refusals;
 mod rows;
+pub mod small_model;
 pub mod synth;
 mod template;
 

@@ -1,5 +1,6 @@
 //! Numbers about a model on a data set. Work is spread over the data-parallel ranks; every rank gets the same result.
 
+pub mod compare;
 mod error;
 pub mod generate;
 pub mod likelihood;
@@ -8,6 +9,7 @@ pub mod scores;
 pub mod statistics;
 pub mod suites;
 pub mod text;
+pub mod tradeoff;
 
 pub use error::EvalError;
 pub use likelihood::{LikelihoodScores, per_sample, summarise};

@@ -258,6 +258,26 @@ fn write_whole(path: &Path, text: &str) -> Result<(), EvalError> {
         .map_err(|source| EvalError::Write { path: path.to_owned(), source })
 }
 
+/// Results without metrics, for tests.
+#[cfg(test)]
+pub(super) fn empty(label: &str) -> Evaluation {
+    Evaluation {
+        format: FORMAT,
+        label: label.to_owned(),
+        step: None,
+        model: ModelFacts::default(),
+        config_digest: String::new(),
+        precision: "f32".into(),
+        template: "chat".into(),
+        data: BTreeMap::new(),
+        metrics: BTreeMap::new(),
+        curves: BTreeMap::new(),
+        warnings: Vec::new(),
+        seconds: BTreeMap::new(),
+        items: BTreeMap::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

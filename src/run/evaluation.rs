@@ -39,7 +39,11 @@ pub struct EvaluateOptions {
 ///
 /// # Errors
 /// What does not fit together, before anything is computed; files that cannot be read or written.
-pub fn evaluate(config: &Config, options: &EvaluateOptions, context: &Context) -> Result<Evaluation, RunError> {
+pub fn evaluate(
+    config: &Config,
+    options: &EvaluateOptions,
+    context: &Context,
+) -> Result<(Evaluation, Others), RunError> {
     let world = &context.world;
     world.watchdog.set_deadline(Duration::from_secs(config.run.timeout).max(FILES_DEADLINE));
     let folder = model_folder("model.path", &config.model.path)?;
@@ -60,10 +64,9 @@ pub fn evaluate(config: &Config, options: &EvaluateOptions, context: &Context) -
     let label = options.label.clone().unwrap_or_else(|| name_of(&folder));
     let frozen = Frozen::load(facts, config, world, context.device, &context.console)?;
     let asked = frozen.asked(world, evaluator.forward);
-    let mut out = evaluator.measure(asked, &encoder, &label, &frozen.facts, context)?;
-    out.step = None;
+    let out = evaluator.measure(asked, &encoder, &label, &frozen.facts, context)?;
     evaluator.write(&out, context)?;
-    Ok(out)
+    Ok((out, evaluator.others))
 }
 
 /// How texts are cut for a forward pass.

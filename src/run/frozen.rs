@@ -6,7 +6,7 @@ use std::rc::Rc;
 use tch::{Device, Kind};
 
 use super::RunError;
-use super::inputs::{identity, layout_of};
+use super::inputs::{layout_of, model_digest};
 use crate::checkpoint::Folder;
 use crate::config::{Config, Precision};
 use crate::dist::World;
@@ -41,7 +41,7 @@ pub(super) fn model_folder(key: &str, path: &Path) -> Result<PathBuf, RunError> 
 /// Digest of the model in a folder and what else is known of it. All ranks call it.
 pub(super) fn facts(folder: &Path, config: &Config, world: &World) -> Result<ModelFacts, RunError> {
     let arch = families::read(folder)?;
-    let digest = identity(Some(&Folder::open(folder)?), &arch, config.run.seed, world)?;
+    let digest = model_digest(&arch, Some(&Folder::open(folder)?), config.run.seed, world)?;
     let (family, parameters) = (arch.family.to_owned(), arch.num_parameters());
     Ok(ModelFacts { path: folder.to_owned(), digest, family, parameters })
 }

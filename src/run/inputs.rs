@@ -5,7 +5,7 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 use super::RunError;
-use crate::checkpoint::Folder;
+use crate::checkpoint::{CheckpointError, Folder};
 use crate::config::{Config, Init, Objective, Precision, Retain, Template, TemplateName};
 use crate::data::{Dataset, Encoder, Refusals, Wanted, overlap};
 use crate::dist::World;
@@ -124,7 +124,7 @@ impl Inputs {
             }
         })?;
         drop(bar);
-        let identity = identity(self.weights.as_ref(), &self.arch, config.run.seed, world)?;
+        let identity = model_digest(&self.arch, self.weights.as_ref(), config.run.seed, world)?;
         self.weights = None;
         let decoder = Decoder {
             arch: self.arch.clone(),
@@ -256,8 +256,27 @@ impl Inputs {
     }
 }
 
+/// How this rank's share of what is trained is cut.
+pub fn layout_of(table: &Table, config: &Config, world: &World) -> Layout {
+    let mesh = world.mesh;
+    let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
+    let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
+    Layout::new(table, bucket.max(1), owners, owner)
+}
+
+fn tell(world: &World, warning: &str) {
+    if world.is_first() {
+        tracing::warn!("{warning}");
+    }
+}
+
 /// Digest of the weight files and the architecture, or of what random weights are made from. All ranks call it.
-pub fn identity(weights: Option<&Folder>, arch: &Architecture, seed: u64, world: &World) -> Result<String, RunError> {
+pub fn model_digest(
+    arch: &Architecture,
+    weights: Option<&Folder>,
+    seed: u64,
+    world: &World,
+) -> Result<String, CheckpointError> {
     let mut lines = match weights {
         None => vec![format!("random {seed} {arch:?}")],
         Some(folder) => {
@@ -271,18 +290,4 @@ pub fn identity(weights: Option<&Folder>, arch: &Architecture, seed: u64, world:
     };
     lines.sort();
     Ok(blake3::hash(lines.join("\n").as_bytes()).to_hex().to_string())
-}
-
-/// How this rank's share of what is trained is cut.
-pub fn layout_of(table: &Table, config: &Config, world: &World) -> Layout {
-    let mesh = world.mesh;
-    let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
-    let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
-    Layout::new(table, bucket.max(1), owners, owner)
-}
-
-fn tell(world: &World, warning: &str) {
-    if world.is_first() {
-        tracing::warn!("{warning}");
-    }
 }

@@ -12,6 +12,7 @@ use crate::config::{self, Config};
 use crate::data::Stats;
 use crate::dist::Reduce;
 use crate::eval::LikelihoodScores;
+use crate::eval::compare::number;
 use crate::telemetry::{Console, table};
 
 /// A run in numbers. The presence of the file says that the run came to its end.
@@ -170,11 +171,6 @@ impl Summary {
             }
         );
     }
-}
-
-/// Four digits behind the point, or two that count where those would be zeros.
-fn number(x: f64) -> String {
-    if x != 0.0 && x.abs() < 1e-3 { format!("{x:.1e}") } else { format!("{x:.4}") }
 }
 
 fn by_set(evaluations: Evaluations) -> BTreeMap<String, BeforeAfter> {
