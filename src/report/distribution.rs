@@ -1,20 +1,28 @@
 //! How a number is distributed over the items of a set: empirical distribution functions, which is also what the Kolmogorov-Smirnov test of
 //! the forget quality compares.
 
+use std::collections::BTreeMap;
+
 use super::figures::{Figure, run_colour};
-use super::html::{escape, number};
+use super::html::{escape, number, p_value};
 use super::names;
 use super::plot::{COLOURS, Lines, Scale, Series};
 use super::run::Run;
 use crate::eval::statistics::kolmogorov_smirnov;
 use crate::eval::{Evaluation, Item};
 
-/// Truth ratios and probabilities of the sets that were to be forgotten, then of those to be kept.
+/// Truth ratios and probabilities of the sets that were to be forgotten, then of those to be kept. Where a benchmark has truth ratios, its sets
+/// stand for the others.
 pub(super) fn distributions(runs: &[Run]) -> Vec<Figure> {
-    let mut sets: Vec<&String> = runs.iter().filter_map(Run::after).flat_map(|one| one.items.keys()).collect();
+    let all: BTreeMap<&String, &Vec<Item>> = runs.iter().filter_map(Run::after).flat_map(|one| &one.items).collect();
+    let has_ratios = |items: &[Item]| items.iter().any(|item| item.numbers.contains_key("truth_ratio"));
+    let ratios = all.values().any(|items| has_ratios(items));
+    let mut sets: Vec<&String> = all
+        .into_iter()
+        .filter(|(set, items)| (set.contains("forget") || set.contains("retain")) && (!ratios || has_ratios(items)))
+        .map(|(set, _)| set)
+        .collect();
     sets.sort_by_key(|set| (!set.contains("forget"), *set));
-    sets.dedup();
-    sets.retain(|set| set.contains("forget") || set.contains("retain"));
     let numbers = ["truth_ratio", "probability"];
     sets.iter().flat_map(|set| numbers.iter().filter_map(|name| figure(runs, set, name))).take(6).collect()
 }
@@ -39,7 +47,7 @@ fn figure(runs: &[Run], set: &str, name: &str) -> Option<Figure> {
             format!(
                 "greatest distance from the retrained model {}, p = {}",
                 number(test.statistic),
-                if test.p_value > 0.0 { number(test.p_value) } else { format!("10^{:.0}", test.log10_p) }
+                p_value(test.p_value, test.log10_p)
             )
         }),
         _ => String::new(),

@@ -1,6 +1,6 @@
 //! Which curves are drawn: metrics over the steps of a run, what training reported, attacks.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::headline::{arrow, better_words};
 use super::html::escape;
@@ -33,8 +33,8 @@ impl Figure {
 /// Colour of a set: what is to be forgotten and what is to be kept look the same everywhere.
 fn set_colour(set: &str, index: usize) -> usize {
     match set {
-        "forget" => 1,
-        "retain" => 0,
+        set if set.ends_with("forget") => 1,
+        set if set.ends_with("retain") => 0,
         _ => 2 + index % (super::plot::COLOURS - 2),
     }
 }
@@ -46,15 +46,8 @@ pub(super) fn run_colour(index: usize) -> usize {
 
 /// Metrics over steps. One run: a plot a metric, a line a set. Several: a plot a metric and set, a line a run.
 pub(super) fn over_steps(runs: &[Run]) -> Vec<Figure> {
-    let names: BTreeSet<&String> = runs
-        .iter()
-        .flat_map(|run| &run.evaluations)
-        .filter(|evaluation| evaluation.step.is_some())
-        .flat_map(|evaluation| evaluation.metrics.keys())
-        .filter(|name| names::headline_rank(name).is_some())
-        .collect();
-    let mut names: Vec<&String> = names.into_iter().collect();
-    names.sort_by_key(|name| names::headline_rank(name));
+    let evaluations = runs.iter().flat_map(|run| &run.evaluations).filter(|evaluation| evaluation.step.is_some());
+    let names = names::headline(evaluations.flat_map(|evaluation| evaluation.metrics.keys()));
     match runs {
         [run] => over_steps_of_one(run, &names),
         runs => names.into_iter().filter_map(|name| over_steps_of_many(runs, name)).take(9).collect(),

@@ -1,6 +1,6 @@
 //! What a careful reader would say of the numbers, in plain words. One function a rule; a rule that lacks its numbers is silent.
 
-use super::html::number;
+use super::html::{number, p_value};
 use super::run::Run;
 use crate::eval::statistics::mean;
 use crate::eval::{Evaluation, Item};
@@ -211,7 +211,8 @@ fn distinguishable(case: &Case) -> Option<Finding> {
         ));
     }
     warning(format!(
-        "Forget quality p = 10^{log10:.1}, below 0.05: by its truth ratios the model can be told from one that never saw the forget set."
+        "Forget quality p = {}, below 0.05: by its truth ratios the model can be told from one that never saw the forget set.",
+        p_value(10f64.powf(log10), log10)
     ))
 }
 

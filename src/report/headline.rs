@@ -106,12 +106,8 @@ pub fn terminal(runs: &[Run]) -> String {
 /// Names of the rows, in their order.
 fn metrics(columns: &[Column], all: bool) -> Vec<String> {
     let names: BTreeSet<&String> = columns.iter().flat_map(|column| column.evaluation.metrics.keys()).collect();
-    let mut names: Vec<String> = names.into_iter().cloned().collect();
-    if !all {
-        names.retain(|name| names::headline_rank(name).is_some());
-        names.sort_by_key(|name| names::headline_rank(name));
-    }
-    names
+    let names = if all { names.into_iter().collect() } else { names::headline(names.into_iter()) };
+    names.into_iter().cloned().collect()
 }
 
 fn cell(metric: Option<&Metric>) -> String {

@@ -47,6 +47,11 @@ pub(super) fn decade(exponent: f64) -> String {
     }
 }
 
+/// A p-value, also one that is too small for a number.
+pub(super) fn p_value(p: f64, log10: f64) -> String {
+    if p > 0.0 { number(p) } else { format!("10{}", raised(&format!("{:.0}", log10.floor()))) }
+}
+
 /// As on an axis: no more digits than the step between ticks asks for.
 pub(super) fn tick(x: f64, step: f64) -> String {
     if x == 0.0 {
@@ -65,8 +70,12 @@ pub(super) fn tick(x: f64, step: f64) -> String {
 fn power_of_ten(x: f64, digits: usize) -> String {
     let text = format!("{x:.digits$e}");
     let (mantissa, exponent) = text.split_once('e').expect("invariant: this format has an exponent");
-    let raised: String = exponent.chars().map(superscript).collect();
+    let raised = raised(exponent);
     if digits == 0 && mantissa == "1" { format!("10{raised}") } else { format!("{mantissa} × 10{raised}") }
+}
+
+fn raised(exponent: &str) -> String {
+    exponent.chars().map(superscript).collect()
 }
 
 fn superscript(c: char) -> char {
@@ -110,6 +119,7 @@ mod tests {
             assert_eq!(tick(x, step), want);
         }
         assert_eq!(tick(1e-5, 1e-5), "10⁻⁵");
+        assert_eq!([p_value(0.0286, -1.54), p_value(0.0, -400.3)], ["0.0286", "10⁻⁴⁰¹"]);
         assert_eq!([-5.0, -2.0, 0.0, 4.0, 5.0].map(decade), ["10⁻⁵", "0.01", "1", "10000", "10⁵"]);
         assert_eq!(bytes(3.5 * 1024.0 * 1024.0), "3.5 MiB");
     }

@@ -54,8 +54,20 @@ pub(super) fn metric_words(metric: &str) -> String {
     words(metric)
 }
 
+/// The headline's metrics of these, in its order. Where a benchmark measured what was to be forgotten and what was to be kept, the run's own sets,
+/// which are the same questions, are left to the table of all metrics.
+pub(super) fn headline<'a>(names: impl Iterator<Item = &'a String>) -> Vec<&'a String> {
+    let mut names: Vec<&String> = names.filter(|name| headline_rank(name).is_some()).collect();
+    names.sort_by_key(|name| headline_rank(name));
+    names.dedup();
+    if names.iter().any(|name| name.starts_with("tofu_forget.")) {
+        names.retain(|name| !name.starts_with("forget.") && !name.starts_with("retain."));
+    }
+    names
+}
+
 /// Place in the headline: first by what it is about, then by metric. None: only in the table of all metrics.
-pub(super) fn headline_rank(name: &str) -> Option<(usize, String, usize)> {
+fn headline_rank(name: &str) -> Option<(usize, String, usize)> {
     let (set, metric) = name.rsplit_once('.').unwrap_or(("", name));
     let rank = HEADLINE.iter().position(|key| *key == metric)?;
     Some((about(set)?, set.to_owned(), rank))
@@ -85,16 +97,19 @@ mod tests {
 
     #[test]
     fn what_was_to_be_forgotten_comes_before_what_was_to_be_kept() {
-        let mut names = [
+        let names = [
             "retain.probability",
             "wmdp_bio.accuracy",
             "forget.rouge_l_f1",
+            "forget.loss",
+            "tofu_world_facts.probability",
             "tofu.model_utility",
             "forget.probability",
         ];
-        names.sort_by_key(|name| headline_rank(name));
+        let mut names = names.map(str::to_owned).to_vec();
+        let found = headline(names.iter());
         assert_eq!(
-            names,
+            found,
             [
                 "tofu.model_utility",
                 "forget.probability",
@@ -103,7 +118,8 @@ mod tests {
                 "wmdp_bio.accuracy"
             ]
         );
-        assert_eq!(headline_rank("forget.loss"), None);
-        assert_eq!(headline_rank("tofu_world_facts.probability"), None);
+        // the benchmark's sets stand for the run's own
+        names.push("tofu_forget.probability".to_owned());
+        assert_eq!(headline(names.iter()), ["tofu.model_utility", "tofu_forget.probability", "wmdp_bio.accuracy"]);
     }
 }

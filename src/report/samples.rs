@@ -16,6 +16,11 @@ pub(super) fn html(runs: &[Run]) -> String {
     let Some(lead) = columns.iter().find(|column| column.is_result) else { return String::new() };
     let mut sets: Vec<(&String, &Vec<Item>)> =
         lead.evaluation.items.iter().filter(|(set, _)| set.contains("forget") || set.contains("retain")).collect();
+    // the same questions may stand in several sets; those that the model answered in words say most
+    let speaks = |items: &[Item]| items.iter().any(|item| item.generation.is_some());
+    if sets.iter().any(|(_, items)| speaks(items)) {
+        sets.retain(|(_, items)| speaks(items));
+    }
     sets.sort_by_key(|(set, _)| (!set.contains("forget"), *set));
     let mut text = String::new();
     for (set, items) in sets.into_iter().take(4) {
@@ -75,10 +80,9 @@ fn card(item: &Item, why: &str, set: &str, columns: &[Column]) -> String {
 fn said(evaluation: &Evaluation, set: &str, item: &Item) -> Option<String> {
     let same = |other: &&Item| other.index == item.index && other.prompt == item.prompt;
     let other = evaluation.items.get(set)?.iter().find(same)?;
-    let numbers: Vec<String> = [("probability", "probability"), ("rouge_l_recall", "ROUGE-L"), ("rouge_l_f1", "F1")]
-        .iter()
-        .filter_map(|(key, label)| Some(format!("{label} {}", number(*other.numbers.get(*key)?))))
-        .collect();
+    let number = |key: &str, label: &str| Some(format!("{label} {}", number(*other.numbers.get(key)?)));
+    let rouge = number("rouge_l_recall", "ROUGE-L").or_else(|| number("rouge_l_f1", "ROUGE-L F1"));
+    let numbers: Vec<String> = number("probability", "probability").into_iter().chain(rouge).collect();
     let numbers = format!("<span class=\"quiet\">{}</span>", numbers.join(", "));
     Some(match &other.generation {
         Some(generation) if generation.trim().is_empty() => format!("<em>says nothing</em> {numbers}"),

@@ -320,7 +320,7 @@ fn each_rule_speaks_where_it_should() {
         run.evaluations[1].put(extra.0, None, Metric::new(extra.1, 40, Better::Higher));
         told(&run)
     };
-    assert!(with(("tofu.log10_forget_quality", -5.0)).contains("p = 10^-5.0, below 0.05"));
+    assert!(with(("tofu.log10_forget_quality", -5.0)).contains("p = 1.0 × 10⁻⁵, below 0.05"));
     assert!(with(("tofu.log10_forget_quality", -5.0)).contains("from 40 items"));
     assert!(with(("tofu.log10_forget_quality", -0.1)).contains("does not tell the model from the retrained one"));
     assert!(with(("attack.quantise_nf4.forget.probability", 0.5)).contains("Rounding the weights brings back 50%"));
