@@ -34,7 +34,11 @@ pub(super) fn columns(runs: &[Run]) -> Vec<Column<'_>> {
     let starts = || runs.iter().filter_map(|run| run.evaluations.iter().find(|one| one.step == Some(0)));
     if let Some(before) = starts().next() {
         // runs from different models: their starts would be told by one of them
-        if starts().all(|other| other.model.digest == before.model.digest && other.model.path == before.model.path) {
+        let known = |one: &Evaluation| match one.model.digest.as_str() {
+            "" => one.model.path.display().to_string(),
+            digest => digest.to_owned(),
+        };
+        if starts().all(|other| known(other) == known(before)) {
             columns.push(context("before", before));
         }
     }

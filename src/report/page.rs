@@ -15,8 +15,12 @@ pub fn page(runs: &[Run]) -> String {
         runs => format!("{} runs compared", runs.len()),
     };
     let mut body = format!("<header><h1>{}</h1>{}</header>\n", escape(&title), lines(runs));
-    body += &in_short(runs);
-    body += &section("Numbers", "", &headline::html(runs, false));
+    // remarks on several runs are long: the table that compares them comes first
+    let mut first = [in_short(runs), section("Numbers", "", &headline::html(runs, false))];
+    if runs.len() > 1 {
+        first.reverse();
+    }
+    body += &first.concat();
     let mut curves: Vec<Figure> = tradeoff::planes(runs);
     curves.extend(figures::over_steps(runs));
     body += &pictures("Forgetting and keeping", "", &curves);

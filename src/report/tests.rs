@@ -223,6 +223,11 @@ fn runs_are_compared() {
     assert_eq!(runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>(), ["one/npo", "two/npo", "two/ga"]);
     let page = page(&runs);
     assert!(check(&page) >= 12);
+    // all start from one model; from different ones no start stands for all
+    assert!(terminal(&runs).contains("before") && page.find("<h2>Numbers") < page.find("<h2>In short"));
+    let mut other = runs.clone();
+    other[1].evaluations[0].model.digest = "another".into();
+    assert!(!terminal(&other).contains("before"));
     // the best of the results is marked
     let row = page.split("<tr>").find(|row| row.contains("retain: answer probability")).unwrap();
     let best = |row: &str| row.split("<td").find(|cell| cell.contains("best")).unwrap().to_owned();
