@@ -61,6 +61,8 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: super::weights::WeightsVerb,
     },
+    /// Make a page about one run, or one that compares several, from what is in their folders
+    Report(super::report::ReportOptions),
     /// Make data
     Data {
         #[command(subcommand)]

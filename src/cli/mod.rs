@@ -15,6 +15,7 @@ mod eval;
 mod generate;
 mod launch;
 mod methods;
+mod report;
 mod run;
 mod weights;
 
@@ -72,6 +73,7 @@ pub fn main() -> ExitCode {
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
         Some(Verb::Weights { verb }) => weights::weights(&verb, &launched, started),
+        Some(Verb::Report(options)) => report::report(&options),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
         Some(Verb::Data { verb: DataVerb::Model(options) }) => write_model(&options),
     };

@@ -9,6 +9,7 @@ use super::arguments::{LogChoice, ProgressChoice, RunOptions};
 use super::device;
 use super::ending;
 use super::launch::Launched;
+use super::report;
 use crate::abi::{host, signals};
 use crate::config::{self, Config, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
@@ -35,9 +36,15 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     let path = options.config.as_ref().context("--config is missing")?;
     let config = config::from_file(path, &options.set)?;
     let context = context(ranks, &config, options, launched, started)?;
+    let is_first = context.world.is_first();
     signals::note_requests();
     match tch::no_grad(|| run::run(&config, context))? {
-        Outcome::Finished(_) => Ok(()),
+        Outcome::Finished(_) => {
+            if is_first {
+                report::after_run(&config.run.dir);
+            }
+            Ok(())
+        }
         Outcome::Stopped => ending::to_be_continued(),
     }
 }

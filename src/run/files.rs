@@ -1,4 +1,4 @@
-//! The run folder: `config.toml`, `metrics.jsonl`, `logs/`, `cache/`, `model/`, `summary.json`.
+//! The run folder: `config.toml`, `metrics.jsonl`, `logs/`, `cache/`, `model/`, `summary.json`, `report.html`.
 
 use std::path::{Path, PathBuf};
 
@@ -21,8 +21,17 @@ pub struct RunFolder {
 /// First line of a run folder's `config.toml`: the sign that the folder is ours to write in.
 const MARK: &str = "# Resolved configuration of a run, written by dunlearn.\n";
 /// What a run writes into its folder, besides `config.toml`, the cache and tasks.
-const RESULTS: [&str; 8] =
-    ["summary.json", "metrics.jsonl", "logs", "model", "adapter", "mask.safetensors", "checkpoints", "eval"];
+const RESULTS: [&str; 9] = [
+    "summary.json",
+    "metrics.jsonl",
+    "logs",
+    "model",
+    "adapter",
+    "mask.safetensors",
+    "checkpoints",
+    "eval",
+    "report.html",
+];
 
 impl RunFolder {
     /// Refuses a folder in which something would be lost. Touches nothing. All ranks call it.

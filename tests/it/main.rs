@@ -13,6 +13,7 @@ mod methods;
 mod planned;
 mod program;
 mod recipes;
+mod report;
 mod resume;
 mod runs;
 mod scopes;

@@ -154,6 +154,7 @@ fn the_readme_is_true() {
         "docs/scopes.md",
         "docs/weights.md",
         "docs/checkpoints.md",
+        "docs/report.md",
         "docs/performance.md",
         "docs/gpu.md",
         "docs/generation.md",
