@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::CheckpointError;
-use super::tensor_file::{Spec, Writer};
+use super::tensor_file::{Spec, Writer, publish, unfinished};
 use crate::dist::World;
 use crate::model::sharding::{ParamId, Piece, Table};
 
@@ -53,7 +53,7 @@ pub fn export<E: From<CheckpointError>>(
     let outgoing = plan(tables, 0..tables[0].own, options.kind);
     let specs: Vec<Spec> = outgoing.iter().map(|tensor| tensor.spec.clone()).collect();
     let files = split(&specs, options.max_shard_bytes);
-    let partial = options.target.with_extension("partial");
+    let partial = unfinished(options.target);
     if world.is_first() {
         let create = |source| CheckpointError::Write { path: partial.clone(), source };
         if partial.exists() {
@@ -89,9 +89,8 @@ pub fn export<E: From<CheckpointError>>(
             write_index(&partial, &specs, &written)?;
         }
         copy_companions(options, &partial)?;
-        // fails on a folder that is there and not empty: what stood there before the run was cleared at its start
-        std::fs::rename(&partial, options.target)
-            .map_err(|source| CheckpointError::Write { path: options.target.to_owned(), source })?;
+        // what stood there before was cleared at the run's start
+        publish(&partial, options.target)?;
     }
     world.world.barrier();
     Ok(())

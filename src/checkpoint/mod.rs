@@ -11,7 +11,7 @@ pub mod state;
 pub mod store;
 mod tensor_file;
 
-pub use convert::{TensorDifference, convert, difference};
+pub use convert::{TensorDifference, convert, difference, trains_everything};
 pub use error::CheckpointError;
 pub use export::{ExportOptions, export, export_adapter, export_tensors};
 pub use folder::Folder;

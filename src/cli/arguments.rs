@@ -352,6 +352,36 @@ pub(super) fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, Stri
 pub(super) enum DataVerb {
     /// Write a small data set of fictional authors, with a tokenizer and the config.json of a small model
     Synth(SynthOptions),
+    /// Write the folder of a small Llama without weights, its tokenizer learnt from your own data: for `init = "random"`
+    Model(ModelOptions),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ModelOptions {
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: PathBuf,
+    /// JSON lines files; the tokenizer is learnt from all their strings
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub(super) text: Vec<PathBuf>,
+    /// Tokens of the tokenizer
+    #[arg(long, default_value_t = 4096)]
+    pub(super) vocab: usize,
+    /// Hidden size of the model
+    #[arg(long, default_value_t = 256)]
+    pub(super) hidden: usize,
+    #[arg(long, default_value_t = 6)]
+    pub(super) layers: usize,
+    #[arg(long, default_value_t = 8)]
+    pub(super) heads: usize,
+    #[arg(long, default_value_t = 8)]
+    pub(super) kv_heads: usize,
+    /// Width of the MLP
+    #[arg(long, default_value_t = 768)]
+    pub(super) intermediate: usize,
+    /// Overwrite the files in a folder that is not empty
+    #[arg(long)]
+    pub(super) force: bool,
 }
 
 #[derive(Debug, Args)]

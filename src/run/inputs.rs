@@ -5,7 +5,7 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 use super::RunError;
-use crate::checkpoint::Folder;
+use crate::checkpoint::{CheckpointError, Folder};
 use crate::config::{Config, Init, Precision, Retain, Template, TemplateName};
 use crate::data::{Dataset, Encoder, Refusals, Wanted, overlap};
 use crate::dist::World;
@@ -153,7 +153,7 @@ impl Inputs {
             }
         })?;
         drop(bar);
-        let identity = self.identity(config, world)?;
+        let identity = model_digest(&self.arch, self.weights.as_ref(), config.run.seed, world)?;
         self.weights = None;
         let decoder = Decoder {
             arch: self.arch.clone(),
@@ -243,23 +243,6 @@ impl Inputs {
         named.into_iter().chain(similar).filter_map(|(name, set)| Some((name, set?))).collect()
     }
 
-    /// Digest of the weight files and the architecture, or of what random weights are made from. All ranks call it.
-    fn identity(&self, config: &Config, world: &World) -> Result<String, RunError> {
-        let mut lines = match &self.weights {
-            None => vec![format!("random {} {:?}", config.run.seed, self.arch)],
-            Some(folder) => {
-                let mine = folder.digests(world.mesh.rank, world.mesh.world())?.join("\n");
-                let all = world.world.gather_bytes(mine.as_bytes());
-                let all = all.iter().map(|text| String::from_utf8_lossy(text).into_owned());
-                let files = all.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
-                // the same weights are another model under another config.json
-                files.chain([format!("{:?}", self.arch)]).collect()
-            }
-        };
-        lines.sort();
-        Ok(blake3::hash(lines.join("\n").as_bytes()).to_hex().to_string())
-    }
-
     fn check(&mut self, config: &Config) -> Result<(), RunError> {
         for (_, set) in self.sets() {
             for (sample, &line) in set.samples.iter().chain(&set.preferred).zip(set.lines.iter().cycle()) {
@@ -330,4 +313,26 @@ fn tell(world: &World, warning: &str) {
     if world.is_first() {
         tracing::warn!("{warning}");
     }
+}
+
+/// Digest of the weight files and the architecture, or of what random weights are made from. All ranks call it.
+pub fn model_digest(
+    arch: &Architecture,
+    weights: Option<&Folder>,
+    seed: u64,
+    world: &World,
+) -> Result<String, CheckpointError> {
+    let mut lines = match weights {
+        None => vec![format!("random {seed} {arch:?}")],
+        Some(folder) => {
+            let mine = folder.digests(world.mesh.rank, world.mesh.world())?.join("\n");
+            let all = world.world.gather_bytes(mine.as_bytes());
+            let all = all.iter().map(|text| String::from_utf8_lossy(text).into_owned());
+            let files = all.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
+            // the same weights are another model under another config.json
+            files.chain([format!("{arch:?}")]).collect()
+        }
+    };
+    lines.sort();
+    Ok(blake3::hash(lines.join("\n").as_bytes()).to_hex().to_string())
 }

@@ -19,6 +19,7 @@ pub(super) struct Journal<'a> {
     /// Spent in collectives when the last step was told.
     pub(super) comm_seconds: f64,
     pub(super) told: Instant,
+    /// From the start of the process to the first step that it told of.
     pub(super) seconds_to_first_step: f64,
     /// Further keys of a line; none where it is null.
     pub(super) stage: Value,
@@ -35,7 +36,7 @@ impl Journal<'_> {
         context: &Context,
     ) -> Result<(), RunError> {
         let seconds = std::mem::replace(&mut self.told, Instant::now()).elapsed().as_secs_f64();
-        if step == 0 {
+        if self.seconds_to_first_step == 0.0 {
             self.seconds_to_first_step = context.started.elapsed().as_secs_f64();
         }
         let communication = comm_seconds(&context.world);
@@ -48,6 +49,7 @@ impl Journal<'_> {
             "retain_loss": losses.retain,
             "grad_norm": report.grad_norm,
             "lr": report.lr,
+            "tokens": work.tokens,
             "forget_tokens": work.scored.0,
             "retain_tokens": work.scored.1,
             "tokens_per_s": work.tokens as f64 / seconds,

@@ -18,18 +18,19 @@ mod trained;
 pub use calibrate::{Calibrated, Calibration, calibrate};
 pub use error::RunError;
 pub use fault::{Fault, Phase};
-pub use inputs::{Inputs, Loaded};
+pub use inputs::{Inputs, Loaded, model_digest};
 pub use memory::{Memory, MemoryWords};
 pub use summary::{Evaluations, Summary};
 
 use std::collections::VecDeque;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tch::{Device, Kind};
 
 use crate::abi::signals;
-use crate::checkpoint::{ExportOptions, Folder, Store, export, export_adapter};
+use crate::checkpoint::{CheckpointError, ExportOptions, Folder, Store, export, export_adapter};
 use crate::config::{self, Config};
 use crate::data::{Dataset, Order, RowsOf, Stream};
 use crate::dist::World;
@@ -136,6 +137,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     if let Some(selection) = scope::select(&mut trainer, config, &names, inputs.scored(config), &mask, again, world)? {
         trainer.parameters.selection = Some(selection);
     }
+    let mut digests = inputs.digests(&identity);
+    digests.extend(mask_digest(&trainer, &mask, world)?);
     if scores {
         trainer.gradients = buffers(&trainer, holding);
     }
@@ -148,13 +151,13 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let reference_start = Instant::now();
     let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
     let reference_seconds = reference_start.elapsed().as_secs_f64();
-    let mut saver = Saver::new(config, inputs.digests(&identity).into_iter().collect());
+    let mut saver = Saver::new(config, digests.iter().cloned().collect());
     let mut evaluations = Evaluations { before: past.before, during: past.during, ..Evaluations::default() };
     let first = match start {
         Start::New => 0,
         Start::Resume(step) => {
             // the weights before training have told what they had to: the reference and the evaluation are there
-            restore(config, &inputs, &mut trainer, step, &identity, &context)?;
+            restore(config, &digests, &mut trainer, step, &context)?;
             step
         }
     };
@@ -175,7 +178,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         metrics: &mut metrics,
         progress: console.progress("training", steps as u64, "steps"),
         per_epoch,
-        tokens: 0,
+        tokens: past.tokens,
         comm_seconds: comm_seconds(world),
         told: Instant::now(),
         seconds_to_first_step: 0.0,
@@ -220,7 +223,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     saver.finish(world)?;
     let Journal { tokens, seconds_to_first_step, progress, .. } = journal;
     drop(progress);
-    let training_seconds = training.elapsed().as_secs_f64();
+    let training_seconds = past.seconds + training.elapsed().as_secs_f64();
 
     trainer.check_weights(steps, world)?;
     if config.eval.after {
@@ -232,6 +235,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         strike(Phase::Export)?;
         export_model(config, &inputs, &trainer, world, console, &folder)?;
     }
+    strike(Phase::End)?;
     let summary = Summary::new(
         config,
         &inputs,
@@ -258,32 +262,53 @@ pub enum Outcome {
 /// On all ranks: files that were damaged, or a checkpoint of something else, with the first difference.
 fn restore(
     config: &Config,
-    inputs: &Inputs,
+    digests: &[(String, String)],
     trainer: &mut Trainer,
     step: usize,
-    identity: &str,
     context: &Context,
 ) -> Result<(), RunError> {
     let world = &context.world;
     let saved = Store::of_run(&config.run.dir).open(step)?;
-    if let Some(difference) = resume::difference(&saved, config, &inputs.digests(identity)) {
-        let path = saved.folder.display();
-        if !context.force_resume {
-            let advice = "undo that, start anew with --overwrite, or go on all the same with --force-resume";
-            return Err(RunError::Refused(format!("{path}: {difference}; {advice}")));
-        }
+    let path = saved.folder.display();
+    let differences = resume::differences(&saved, config, digests);
+    if let Some(difference) = differences.first().filter(|_| !context.force_resume) {
+        let others = match differences.len() - 1 {
+            0 => String::new(),
+            others => format!(" (and {others} more)"),
+        };
+        let advice = "undo that, start anew with --overwrite, or go on all the same with --force-resume";
+        return Err(RunError::Refused(format!("{path}: {difference}{others}; {advice}")));
+    }
+    for difference in differences {
         tracing::warn!("--force-resume: {path}: {difference}");
     }
     let mine =
         saved.verify(world.mesh.rank, world.mesh.world()).map_or_else(|error| error.to_string(), |()| String::new());
     let all = world.world.gather_bytes(mine.as_bytes());
     if let Some(words) = all.iter().find(|words| !words.is_empty()) {
-        return Err(RunError::Refused(String::from_utf8_lossy(words).into_owned()));
+        let words = String::from_utf8_lossy(words);
+        let advice = "move the folder away to go on from an older checkpoint, or start anew with --overwrite";
+        return Err(RunError::Refused(format!("{words}. This is the newest checkpoint, {path}; {advice}")));
     }
-    trainer.restore(&saved.state()?, saved.manifest.optimizer_steps, world)?;
+    let files = saved.state()?;
+    files.check_coverage()?;
+    if !trainer.restore(&files, saved.manifest.optimizer_steps, world)? {
+        tracing::warn!("{path} holds no state of the optimizer: its moments and their count start anew");
+    }
     trainer.method.restore(&saved.manifest.method).map_err(RunError::Refused)?;
     tracing::info!("going on after step {step}, from {}", saved.folder.display());
     Ok(())
+}
+
+/// Which weights a run may change is a part of what its checkpoints belong to. All ranks call it.
+fn mask_digest(trainer: &Trainer, path: &Path, world: &World) -> Result<Option<(String, String)>, RunError> {
+    if trainer.parameters.selection.is_none() {
+        return Ok(None);
+    }
+    let bytes = if world.is_first() { std::fs::read(path) } else { Ok(Vec::new()) };
+    let bytes = bytes.map_err(|source| CheckpointError::Read { path: path.to_owned(), source })?;
+    let digest = world.world.broadcast_bytes(blake3::hash(&bytes).to_hex().as_bytes(), 0);
+    Ok(Some(("scope.mask".to_owned(), String::from_utf8_lossy(&digest).into_owned())))
 }
 
 /// What is done to the weights before the first step. All ranks call it.

@@ -83,7 +83,10 @@ impl Trainer {
         (masters + if optimizer { self.optimizer.bytes() } else { 0 }) / share
     }
 
-    /// Takes weights and, where the files have them, the optimizer's state from a checkpoint of any layout. All ranks call it.
+    /// Takes weights and, where the files have it, the optimizer's state from a checkpoint of any layout. All ranks call it.
+    ///
+    /// `optimizer_steps`: what the optimizer has counted. Gives false where it remembers something and the files have nothing of it: then
+    /// it starts anew, its count too, because moments that are corrected for so many steps must have seen them.
     ///
     /// # Errors
     /// Elements that are not in the files.
@@ -92,8 +95,9 @@ impl Trainer {
         files: &StateFiles,
         optimizer_steps: usize,
         world: &World,
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<bool, CheckpointError> {
         let whats = files.whats();
+        let (mut wanted, mut found) = (false, false);
         for (index, bucket) in self.parameters.layout.buckets.iter().enumerate() {
             // straight to where it belongs, if that is on the host; what lies between parameters is 0 and stays
             let master = &self.parameters.masters[index];
@@ -115,7 +119,9 @@ impl Trainer {
                 own.copy_(&self.parameters.masters[index]);
             }
             for segment in self.optimizer.remembered(index) {
+                wanted = true;
                 if whats.contains(&segment.what) {
+                    found = true;
                     restore_moment(files, bucket, &self.decoder.table.params, segment)?;
                 }
             }
@@ -138,8 +144,10 @@ impl Trainer {
             }
         }
         self.parameters.frozen_moved |= moved;
-        self.optimizer.set_steps(optimizer_steps);
-        Ok(())
+        // a question that all ranks answer alike, also those that own nothing
+        let none = whats.iter().all(|&what| what == What::Weights);
+        self.optimizer.set_steps(if none { 0 } else { optimizer_steps });
+        Ok(found || !wanted)
     }
 
     fn is_sharded(&self) -> bool {

@@ -5,7 +5,6 @@
 //! author, of which a tenth is to be forgotten. No text is taken from there.
 
 mod author;
-mod model;
 mod phrases;
 mod sums;
 #[cfg(test)]
@@ -16,9 +15,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde_json::Value;
 
 use super::error::DataError;
+use super::small_model;
+pub use super::small_model::Shape;
 use author::{Line, MAX_AUTHORS, MAX_QUESTIONS};
 
 /// What to write.
@@ -39,16 +39,6 @@ pub struct Options {
     pub shape: Shape,
     /// Overwrite the files in a folder that is not empty.
     pub force: bool,
-}
-
-/// Sizes of the Llama in `model/config.json`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shape {
-    pub hidden: usize,
-    pub layers: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub intermediate: usize,
 }
 
 /// About a million parameters: an epoch of the default data takes seconds on a laptop, and it splits over 4 ranks.
@@ -96,25 +86,21 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
     let sums = sums::lines(options.sums, options.seed);
     let of_authors = authors.iter().flatten().flat_map(|line| texts(&line.question, &line.answer));
     let texts: Vec<String> = of_authors.chain(sums.iter().flat_map(|sum| texts(&sum.question, &sum.answer))).collect();
-    let failed = |e: tokenizers::Error| DataError::Tokenize { reason: e.to_string() };
-    let tokenizer = model::train_tokenizer(&texts, options.vocab_size).map_err(failed)?;
-    let vocab_size = tokenizer.get_vocab_size(true);
+    let (model, vocab_size) = small_model::folder(&texts, options.vocab_size, &options.shape)?;
     let mut files = vec![
         ("README.md", readme(options, num_forget)),
         ("full.jsonl", jsonl(authors.iter().flatten()) + &jsonl(&sums)),
         ("forget.jsonl", jsonl(forget.iter().flatten())),
         ("retain.jsonl", jsonl(retain.iter().flatten())),
         ("preference.jsonl", preferences(forget)),
-        ("model/config.json", json(&model::config(&options.shape, vocab_size))),
-        ("model/generation_config.json", json(&model::generation_config())),
-        ("model/tokenizer.json", tokenizer.to_string(true).map_err(failed)? + "\n"),
-        ("model/tokenizer_config.json", json(&model::tokenizer_config())),
     ];
     if options.sums > 0 {
         files.push(("sums.jsonl", jsonl(&sums)));
     }
+    let files = files.into_iter().map(|(name, text)| (PathBuf::from(name), text));
+    let model = model.map(|(name, text)| (Path::new("model").join(name), text));
     let mut written = Vec::new();
-    for (name, text) in files {
+    for (name, text) in files.chain(model) {
         let path = out.join(name);
         let folder = path.parent().unwrap_or(out);
         fs::create_dir_all(folder)
@@ -149,21 +135,8 @@ fn check(options: &Options) -> Result<usize, DataError> {
     if !(*forget_fraction > 0.0 && *forget_fraction < 1.0) {
         return refuse("forget_fraction", forget_fraction.to_string(), "more than 0 and less than 1".to_owned());
     }
-    if *vocab_size < model::MIN_VOCAB {
-        return refuse("vocab_size", vocab_size.to_string(), format!("at least {}", model::MIN_VOCAB));
-    }
-    let Shape { hidden, layers, heads, kv_heads, intermediate } = *shape;
-    let sizes = [("layers", layers), ("heads", heads), ("kv_heads", kv_heads), ("intermediate", intermediate)];
-    if let Some((key, _)) = sizes.into_iter().find(|(_, size)| *size == 0) {
-        return refuse(key, "0".to_owned(), "at least 1".to_owned());
-    }
-    if !heads.is_multiple_of(kv_heads) {
-        return refuse("heads", heads.to_string(), format!("a multiple of kv_heads = {kv_heads}"));
-    }
-    if hidden == 0 || !hidden.is_multiple_of(2 * heads) {
-        let expected = format!("a multiple of {}: an even number for each of {heads} heads", 2 * heads);
-        return refuse("hidden", hidden.to_string(), expected);
-    }
+    small_model::check_vocab(*vocab_size)?;
+    shape.check()?;
     let wanted = (*authors as f64 * forget_fraction).round() as usize;
     Ok(wanted.clamp(1, authors - 1))
 }
@@ -185,10 +158,6 @@ fn preferences(authors: &[Vec<Line>]) -> String {
         format!("{}\n", serde_json::json!({ "prompt": question, "chosen": chosen, "rejected": answer }))
     };
     authors.iter().flatten().map(line).collect()
-}
-
-fn json(value: &Value) -> String {
-    format!("{value:#}\n")
 }
 
 fn readme(options: &Options, num_forget: usize) -> String {
