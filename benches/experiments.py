@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Experiments whose tables are in the documentation; every number comes from runs of dunlearn.
 
-    python3 benches/experiments.py tasks     docs/weights.md: UNLEARN, LEARN, LoRA and task vectors on two groups of authors and sums
+    python3 benches/experiments.py tasks     docs/weights.md: UNLEARN and task vectors on two groups of authors and sums
+    python3 benches/experiments.py learn     docs/weights.md: LEARN and LoRA on the same data
     python3 benches/experiments.py grin      docs/scopes.md: GRIN's score x noise x loss
     python3 benches/experiments.py ... --dunlearn target/debug/dunlearn --runs runs/experiments
 
@@ -30,8 +31,8 @@ retain = {{ path = "{data}/retain.jsonl", kind = "qa" }}
 [method]
 objective = "finetune"
 [train]
-epochs = 30
-global_batch = 16
+epochs = {epochs}
+global_batch = {batch}
 micro_batch_tokens = 4096
 precision = "f32"
 [optimizer]
@@ -59,10 +60,11 @@ global_batch = 16
 micro_batch_tokens = 4096
 precision = "f32"
 [optimizer]
-lr = {lr}
-weight_decay = 0.0
+{optimizer}
 [schedule]
 name = "constant"
+[eval]
+before = false
 {more}
 """
 
@@ -78,7 +80,7 @@ retain = {{ path = "{data}/retain.jsonl", kind = "qa" }}
 objective = "{objective}"
 retain = "nll"
 [train]
-epochs = 10
+epochs = 5
 global_batch = 8
 micro_batch_tokens = 4096
 precision = "f32"
@@ -87,6 +89,8 @@ lr = {lr}
 [schedule]
 name = "linear"
 warmup = "1 epoch"
+[eval]
+before = false
 {more}
 """
 
@@ -135,93 +139,125 @@ def accuracy(summary, name):
     return [summary[name].get(when, {}).get("token_accuracy") for when in ("before", "after")]
 
 
-def lost(summary, name, of=pair):
-    before, after = of(summary, name)
-    return (before - after) / before
-
-
 # --- UNLEARN and LEARN ---------------------------------------------------------------------------------------------------------------
+
+SGD = 'name = "sgd"\nmomentum = 0.9\nmax_grad_norm = 0.0\nweight_decay = 0.0\nlr = 0.3'
+ADAM = "weight_decay = 0.0\nlr = 1e-3"
+LOW = "[scope]\nlora = {{ r = {r}, alpha = {alpha} }}"
+
+# how a task's matrices are found: optimizer, [subspace], [scope]
+KINDS = {
+    "SGD, layer by layer": (SGD, 'order = "layers"', ""),
+    "SGD, together (task vector)": (SGD, 'order = "together"', ""),
+    "AdamW, layer by layer": (ADAM, 'order = "layers"', ""),
+    "AdamW, layer by layer, rank 8": (ADAM, 'order = "layers"', LOW.format(r=8, alpha=16)),
+    "SGD, layer by layer, random start": (SGD, 'order = "layers"\nstart = "random"', ""),
+}
+# similar tasks, and the directions of their subspace
+ALONE = ([], "")
+B = (["retain"], "max_rank = 128\nenergy = 0.999")
+BOTH = (["retain", "sums"], "max_rank = 128\nenergy = 0.999")
+BOTH_WIDE = (["retain", "sums"], "max_rank = 200\nenergy = 0.9999")
+PAIRS = [(kind, how) for kind in list(KINDS)[:1] for how in (BOTH_WIDE, BOTH, B, ALONE)]
+PAIRS += [(kind, how) for kind in list(KINDS)[1:] for how in (BOTH_WIDE, ALONE)]
+DATA = ["--authors", 8, "--questions", 5, "--forget-fraction", 0.5, "--sums", 40]
+SHAPE = ["--hidden", 256, "--layers", 2, "--intermediate", 512, "--vocab", 640]
+
+
+def number(x):
+    return "-" if x is None else f"{x:.3f}"
 
 
 def tasks(bench):
     """Group A is the target, group B shares all templates with it, sums share nothing."""
-    data = bench.data("--authors", 16, "--questions", 10, "--forget-fraction", 0.5, "--sums", 160)
-    base = bench.runs / "base"
-    trained = bench.run("base", MODEL, data=data, train=data / "full.jsonl")
-    print(f"the model: answer probability of group A {pair(trained, 'forget')[1]:.4f}, of B {pair(trained, 'retain')[1]:.4f}\n")
+    data = bench.data(*DATA, *SHAPE)
+    trained = bench.run("base", MODEL, data=data, train=data / "full.jsonl", epochs=50, batch=10)
+    known = [pair(trained, name)[1] for name in ("forget", "retain")]
+    print(f"the model: answer probability of group A {known[0]:.4f}, of B {known[1]:.4f}\n")
+    before = {}
 
-    def source(name):
-        return f'{{ path = "{data}/{name}.jsonl", kind = "qa" }}'
+    def attempt(kind, similar, strength, objective="unlearn", model="base", epochs=5):
+        """Losses of A, B and the sums; one strength after the other on the same task matrices, which are trained once."""
+        optimizer, how, scope = KINDS[kind]
+        names, limits = similar
+        listed = ", ".join(f'{{ path = "{data}/{name}.jsonl", kind = "qa" }}' for name in names)
+        # B is the retain set or, where it is a similar task, similar_1; the sums are evaluated too
+        subspace = f"[subspace]\nsimilar = [{listed}]\n{how}\n{limits}\nstrength = {strength}\n"
+        name = f"{objective}_{list(KINDS).index(kind)}"
+        values = {"model": bench.runs / model / "model", "data": data, "task": data / "forget.jsonl", "epochs": epochs}
+        values |= {"target": "train" if objective == "learn" else "forget", "objective": objective}
+        values |= {"optimizer": optimizer, "more": subspace + scope}
+        summary = bench.run(name, TASK, fresh=True, **values)
+        target = "train" if objective == "learn" else "forget"
+        return {"A": after(summary, target), "B": after(summary, "similar_1" if "retain" in names else None), "sums": after(summary, "retain")}
 
-    def unlearn(name, stage, subspace, scope, similar, objective="unlearn", target="forget", model=None):
-        """One strength after the other on the same task matrices: they are trained once."""
-        listed = ", ".join(source(name) for name in similar)
-        more = f"[subspace]\nsimilar = [{listed}]\n{subspace}\n{scope}"
-        values = {"data": data, "target": target, "objective": objective, "more": more}
-        values |= {"model": model or base / "model", "task": data / "forget.jsonl"}
-        return bench.run(name, TASK, fresh=True, **values, **stage)
+    def after(summary, name):
+        return None if name is None else summary[name]["after"]["probability"]
 
-    stages = {"layers": {"epochs": 3, "lr": 1e-3}, "together": {"epochs": 3, "lr": 3e-4}}
-    low = "[scope]\nlora = {{ r = {r}, alpha = {alpha} }}"
-    kinds = [
-        ("full, pretrained", "", "start = \"pretrained\"\norder = \"layers\""),
-        ("rank 8, pretrained", low.format(r=8, alpha=16), "start = \"pretrained\"\norder = \"layers\""),
-        ("rank 2, pretrained", low.format(r=2, alpha=4), "start = \"pretrained\"\norder = \"layers\""),
-        ("full, random", "", "start = \"random\"\norder = \"layers\""),
-        ("full, together (task vector)", "", "start = \"pretrained\"\norder = \"together\""),
-    ]
-    # similar tasks and the most directions of their subspace
-    discriminations = [("-", [], None), ("B", ["retain"], 8), ("B", ["retain"], 32), ("B, sums", ["retain", "sums"], 32)]
-    found = []
-    for kind, scope, how in kinds:
-        stage = stages["together" if "together" in kind else "layers"]
-        name = "unlearn_" + "".join(c if c.isalnum() else "_" for c in kind)
-        for words, similar, rank in discriminations:
-            for strength in (0.5, 1, 2, 4, 8, 16, 32):
-                table = f"{how}\nstrength = {strength}" + (f"\nmax_rank = {rank}" if rank else "")
-                # B is always evaluated: it is a similar task, or else the run of LEARN's data
-                summary = unlearn(name, stage, table, scope, similar)
-                b = lost(summary, "similar_1") if similar else None
-                found.append((kind, words, rank, strength, lost(summary, "forget"), b, lost(summary, "retain"), summary))
-    (bench.runs / "unlearn.json").write_text(json.dumps([entry[:7] for entry in found], indent=1))
-    number = lambda x: "-" if x is None else f"{x:.3f}"
-    print("UNLEARN at the least strength that forgets 0.96 of A, and at the largest that costs at most 0.025 of the sums (0.10 of B)\n")
+    before = {"A": known[0], "B": known[1], "sums": attempt(next(iter(KINDS)), ALONE, 1e-9)["sums"]}
+
+    def lost(kind, similar, strength):
+        now = attempt(kind, similar, strength)
+        return {name: None if now[name] is None else (before[name] - now[name]) / before[name] for name in now}
+
     lines = []
-    for kind, _, _ in kinds:
-        for words, _, rank in discriminations:
-            mine = [entry for entry in found if entry[0] == kind and entry[1] == words and entry[2] == rank]
-            for rule, chosen in [
-                ("A >= 0.96", next((entry for entry in mine if entry[4] >= 0.96), None)),
-                ("sums <= 0.025", next((entry for entry in reversed(mine) if entry[6] <= 0.025), None)),
-                ("B <= 0.10", next((entry for entry in reversed(mine) if entry[5] is not None and entry[5] <= 0.10), None)),
-            ]:
-                if chosen is not None:
-                    _, _, _, strength, a, b, sums, _ = chosen
-                    lines.append([kind, words, str(rank or "-"), rule, str(strength), number(a), number(b), number(sums)])
-    rows(["task matrices", "similar", "max_rank", "chosen by", "strength", "A lost", "B lost", "sums lost"], lines)
+    print("   | task matrices | similar | chosen by | strength | A lost | B lost | sums lost")
+    for kind, similar in PAIRS:
+        tried = {}
+        # a hundredth of AdamW's steps is SGD's here; four times as strong until the target is forgotten, then in between
+        strength = 64.0 if "SGD" in kind else 1.0
+        while len(tried) < 7 and (not tried or max(entry["A"] for entry in tried.values()) < 0.96):
+            tried[strength] = lost(kind, similar, strength)
+            strength *= 4
+        for name, bound in (("A", 0.96), ("A", 0.96), ("A", 0.80), ("sums", 0.025)):
+            below = [s for s, entry in tried.items() if entry[name] < bound]
+            above = [s for s, entry in tried.items() if entry[name] >= bound]
+            if below and above:
+                middle = (max(below) * min(above)) ** 0.5
+                tried[middle] = lost(kind, similar, middle)
+        words = ", ".join({"retain": "B"}.get(name, name) for name in similar[0]) or "none"
+        words += f" ({similar[1].split()[2]} directions)" if similar[0] else ""
+        (bench.runs / f"tried_{list(KINDS).index(kind)}_{PAIRS.index((kind, similar))}.json").write_text(json.dumps(sorted(tried.items())))
+        ordered = sorted(tried.items())
+        for rule, fits, series in [
+            ("A at least 0.96", lambda e: e["A"] >= 0.96, ordered),
+            ("A at least 0.80", lambda e: e["A"] >= 0.80, ordered),
+            ("sums at most 0.025", lambda e: e["sums"] <= 0.025, ordered[::-1]),
+        ]:
+            chosen = next(((strength, entry) for strength, entry in series if fits(entry)), None)
+            if chosen:
+                strength, entry = chosen
+                cells = [kind, words, rule, f"{strength:.0f}", *(number(entry[name]) for name in ("A", "B", "sums"))]
+                print("  ", *cells, sep=" | ", flush=True)
 
-    print("\nLEARN beside LoRA: a model that has never met A learns it\n")
+
+def learn(bench):
+    """LEARN beside LoRA: a model that has never met group A learns it."""
+    data = bench.data(*DATA, *SHAPE)
     without = data / "without.jsonl"
     without.write_text((data / "retain.jsonl").read_text() + (data / "sums.jsonl").read_text())
-    bench.run("without", MODEL, data=data, train=without)
-    lines = []
-    model = bench.runs / "without" / "model"
-    for kind, scope, how in kinds[:2]:
-        for words, similar, rank in discriminations[:3]:
-            name = "learn_" + "".join(c if c.isalnum() else "_" for c in kind)
-            table = f"{how}\nstrength = 1" + (f"\nmax_rank = {rank}" if rank else "")
-            stage = {"epochs": 10, "lr": 3e-3}
-            summary = unlearn(name, stage, table, scope, similar, "learn", "train", model)
-            b = number(pair(summary, "similar_1")[1]) if similar else "-"
-            lines.append([f"LEARN, {kind}", words, str(rank or "-"), number(pair(summary, "train")[1]), b, number(pair(summary, "retain")[1])])
+    start = bench.run("without", MODEL, data=data, train=without, epochs=50, batch=10)
+    lines = [["before", *(number(pair(start, name)[1]) for name in ("forget", "retain")), "-"]]
+    names = ("train", "forget", "retain")
+    # what is evaluated besides A: B in place of the forget set, and the sums
+    text = TASK.replace("retain = ", 'forget = {{ path = "{data}/retain.jsonl", kind = "qa" }}\nretain = ')
+    values = {"model": bench.runs / "without" / "model", "data": data, "task": data / "forget.jsonl", "target": "train"}
+    similar = f'[{{ path = "{data}/retain.jsonl", kind = "qa" }}]'
+    learners = [("ADAM", 3e-3, "full", ""), ("ADAM", 3e-3, "rank 8", LOW.format(r=8, alpha=16))]
+    for _, lr, words, scope in learners:
+        for listed, limits in (("[]", ""), (similar, "max_rank = 16"), (similar, "max_rank = 64")):
+            more = f"[subspace]\nsimilar = {listed}\n{limits}\n{scope}"
+            summary = bench.run(
+                f"learn_{words.replace(' ', '_')}", text, fresh=True, objective="learn", epochs=5,
+                optimizer=f"weight_decay = 0.0\nlr = {lr}", more=more, **values)
+            kind = "without similar tasks" if listed == "[]" else f"less B, {limits.split()[-1]} directions"
+            lines.append([f"LEARN, {words}, {kind}", *(number(pair(summary, name)[1]) for name in names)])
     for r in (8, 32):
-        more = low.format(r=r, alpha=2 * r)
-        # with B evaluated in place of the forget set
-        text = TASK.replace("retain = ", 'forget = {{ path = "{data}/retain.jsonl", kind = "qa" }}\nretain = ')
-        values = {"data": data, "target": "train", "objective": "finetune", "more": more, "model": model, "task": data / "forget.jsonl"}
-        summary = bench.run(f"lora_{r}", text, **values, epochs=10, lr=3e-3)
-        lines.append([f"LoRA, rank {r}", "-", "-", *(number(pair(summary, name)[1]) for name in ("train", "forget", "retain"))])
-    rows(["", "similar", "max_rank", "A known", "B known", "sums known"], lines)
+        summary = bench.run(
+            f"lora_{r}", text, objective="finetune", epochs=20, optimizer="weight_decay = 0.0\nlr = 3e-3",
+            more=LOW.format(r=r, alpha=2 * r), **values)
+        lines.append([f"LoRA, rank {r}", *(number(pair(summary, name)[1]) for name in names)])
+    rows(["", "A known", "B known", "sums known"], lines)
 
 
 # --- GRIN ----------------------------------------------------------------------------------------------------------------------------
@@ -229,24 +265,23 @@ def tasks(bench):
 
 def grin(bench):
     data = bench.data("--authors", 16, "--questions", 10, "--forget-fraction", 0.25, "--sums", 0)
-    bench.run("base", MODEL, data=data, train=data / "full.jsonl")
-    lines = []
-    scores = ["(all weights)", "random", "gradient", "gri", "fila", "wagle"]
+    bench.run("base", MODEL, data=data, train=data / "full.jsonl", epochs=30, batch=16)
+    print("| loss (+ retain nll) | score | noise | forget: probability / accuracy | retain: probability / accuracy |\n|---|---|---|---|---|")
+    scores = ["(all weights)", "random", "gradient", "gri"]
     for objective, lr in (("ga", 1e-3), ("npo", 1e-3), ("idk", 1e-3)):
         for score in scores:
-            for noise in (None, 0.01, 0.05):
+            for noise in (None, 0.05):
                 more = "" if score == scores[0] else f'[scope.mask]\nscore = "{score}"\nfraction = 0.1\n'
                 more += f"[before]\nnoise = {noise}\nnoise_relative = true\n" if noise else ""
                 name = f"grin_{objective}_{score.strip('()').replace(' ', '_')}_{noise or 0}"
                 summary = bench.run(name, GRIN, data=data, model=bench.runs / "base" / "model", objective=objective, lr=lr, more=more)
-                cells = [f"{pair(summary, name)[1]:.3f} / {accuracy(summary, name)[1]:.3f}" for name in ("forget", "retain")]
-                lines.append([objective, score, f"{noise or 0}", *cells])
-    rows(["loss (+ retain nll)", "score", "noise", "forget: probability / accuracy", "retain: probability / accuracy"], lines)
+                cells = [f"{pair(summary, which)[1]:.3f} / {accuracy(summary, which)[1]:.3f}" for which in ("forget", "retain")]
+                print("| " + " | ".join([objective, score, f"{noise or 0}", *cells]) + " |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=["tasks", "grin"])
+    parser.add_argument("experiment", choices=["tasks", "learn", "grin"])
     parser.add_argument("--dunlearn", default=str(ROOT / "target/release/dunlearn"))
     parser.add_argument("--runs", default=None, help="folder of the runs; runs/EXPERIMENT by default")
     parser.add_argument("--fresh", action="store_true", help="remove that folder first")
@@ -256,7 +291,7 @@ def main():
     os.chdir(ROOT)
     if options.fresh:
         shutil.rmtree(options.runs, ignore_errors=True)
-    {"tasks": tasks, "grin": grin}[options.experiment](Bench(options))
+    {"tasks": tasks, "learn": learn, "grin": grin}[options.experiment](Bench(options))
 
 
 if __name__ == "__main__":

@@ -254,3 +254,51 @@ pub fn group(unit: Unit, row: usize, column: usize) -> usize {
         Unit::Weight => unreachable!("invariant: a weight is no group"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Dataset;
+    use crate::model::architecture::Packing;
+    use crate::model::sharding::Table;
+    use crate::model::sharding::tests::arch;
+    use crate::train::Layout;
+
+    /// GRIN's rate with its eps: both losses scaled by the same factor rate every weight as before, because eps is a percentile of |g_r|;
+    /// with a fixed eps they do not.
+    #[test]
+    fn gri_does_not_see_the_scale_of_the_losses() {
+        let world = World::solo();
+        let table = Table::new(&arch(Packing::Separate, true), 1, 0, false).unwrap();
+        let layout = Layout::new(&table, usize::MAX, 1, 0);
+        let names: Vec<String> = table.tensors().into_iter().map(|(name, _)| name.to_owned()).collect();
+        let names: Vec<String> = names.into_iter().filter(|name| name.contains("_proj.weight")).collect();
+        let elements = Elements::new(&table, &layout, &names, &world);
+        let drawn = |name: &str, scale: f64| -> Vec<Tensor> {
+            let stream = Stream::new(1, name);
+            let bucket = |(index, own): (usize, usize)| {
+                let first = (index as u64) << 32;
+                let values: Vec<f32> = (0..own as u64).map(|i| (scale * stream.normal(first + i)) as f32).collect();
+                Tensor::from_slice(&values)
+            };
+            layout.buckets.iter().map(|bucket| bucket.own.len()).enumerate().map(bucket).collect()
+        };
+        let set = Dataset::from_samples("x", Vec::new());
+        let look = Look { name: "x", set: &set, samples: 0, seed: 0, budget: 0 };
+        let rated = |scale: f64, eps: Option<f64>| {
+            let config: config::Mask = serde_json::from_value(serde_json::json!({ "score": "gri" })).unwrap();
+            let inputs = Inputs { config: &config, forget: look, retain: Some(look), seed: 0, batch: 1 };
+            let (forget, retain) = (drawn("f", scale), drawn("r", scale));
+            let mut facts = Facts { forget, retain, weights: Vec::new(), eps: 0.0 };
+            facts.eps = eps.unwrap_or_else(|| facts.low_gradient(&elements, &world));
+            (of_weights(&inputs, &facts, &elements), facts.eps)
+        };
+        let (keys, eps) = rated(1.0, None);
+        // 5 % of a standard normal lie within 0.0627 of 0
+        assert!((eps - 0.0627).abs() < 0.01, "{eps}");
+        // a power of two changes no rounding
+        let (scaled, larger) = rated(64.0, None);
+        assert!(scaled == keys && larger == 64.0 * eps);
+        assert!(rated(64.0, Some(eps)).0 != keys, "a fixed eps rates otherwise");
+    }
+}

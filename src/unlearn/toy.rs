@@ -211,6 +211,53 @@ fn weights_are_the_derivatives() {
     }
 }
 
+/// Every objective that is a function of log-probabilities without anything held constant: its weights against central differences of
+/// its own loss in f64; and those of NPO against the paper's formula.
+#[test]
+fn weights_are_central_differences_of_the_losses() {
+    let toy = Toy::read();
+    let flat = |divergence, by_batch| -> Box<dyn Objective> { Box::new(Flat { divergence, by_batch }) };
+    let cases: Vec<Box<dyn Objective>> = vec![
+        Box::new(GradientAscent),
+        Box::new(NLL),
+        Box::new(NegativeLogLikelihood { texts: Texts::Preferred }),
+        Box::new(Npo { beta: 0.1 }),
+        Box::new(Npo { beta: 1.0 }),
+        Box::new(Dpo { beta: 0.1 }),
+        Box::new(SimNpo { beta: 2.5, delta: 0.5 }),
+        Box::new(AnswerPreservation { beta: 0.1 }),
+        flat(Divergence::Tv, false),
+        flat(Divergence::Kl, false),
+        flat(Divergence::Js, false),
+        flat(Divergence::Pearson, false),
+    ];
+    for (index, objective) in cases.iter().enumerate() {
+        let laid = || toy.laid_out(objective.texts(), "forget", "idk");
+        let weight = Vec::<f64>::try_from(laid().with(None, |tokens| objective.term(tokens)).weight).unwrap();
+        for (token, weight) in weight.iter().enumerate() {
+            let moved = |step: f64| {
+                let mut laid = laid();
+                laid.now[token] += step;
+                value(&laid.with(None, |tokens| objective.term(tokens)))
+            };
+            let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+            assert!((slope - weight).abs() < 1e-8, "case {index}, token {token}: {weight}, differences say {slope}");
+        }
+    }
+    // W = 2 pi^beta / (pi^beta + pi_ref^beta), over the samples
+    let laid = toy.laid_out(Texts::Answer, "forget", "idk");
+    let beta = 0.7;
+    let weight = Vec::<f64>::try_from(laid.with(None, |tokens| Npo { beta }.term(tokens)).weight).unwrap();
+    let sum = |of: &[f64], row: i64| {
+        let mine = of.iter().zip(&laid.sequence).filter(|(_, sequence)| **sequence == row);
+        mine.map(|(logprob, _)| logprob).sum::<f64>()
+    };
+    for (weight, &row) in weight.iter().zip(&laid.sequence) {
+        let [now, then] = [sum(&laid.now, row), sum(&laid.before, row)].map(|log| (beta * log).exp());
+        assert!((weight - 2.0 * now / (now + then) / 2.0).abs() < 1e-12);
+    }
+}
+
 /// As beta goes to 0 NPO's gradient goes to that of ascent on the summed log-probabilities, 1/sequences for each token.
 #[test]
 fn npo_tends_to_gradient_ascent() {

@@ -46,8 +46,9 @@ weight_decay = 0.1
 before = false
 "#;
 
+/// TP x DP: 1 x 1, 2 x 2 and 4 x 1.
 const LAYOUTS: [(usize, &[&str]); 3] =
-    [(1, &[]), (4, &["parallel.tp=2", "parallel.bucket_mib=0.02"]), (4, &["parallel.tp=1", "parallel.zero=false"])];
+    [(1, &[]), (4, &["parallel.tp=2", "parallel.bucket_mib=0.02"]), (4, &["parallel.tp=4"])];
 
 /// A folder with data, and with a model whose weights are written out.
 fn workshop() -> Workshop {
@@ -161,6 +162,15 @@ fn masks_are_the_same_everywhere_and_nothing_else_moves() {
             assert_eq!(count(&seen[0].0), (0.1 * all as f64).round() as i64, "{score}");
         }
     }
+    // four whole copies
+    run(&workshop, "copies", 4, &["scope.mask.score=gri", "before.noise=0.01", "parallel.zero=false"]);
+    let (copies, one) = (mask(&workshop, "copies", &start), mask(&workshop, "gri2_0", &start));
+    assert!(start.keys().all(|name| copies[name].equal(&one[name])));
+    // a mask of everything without noise is the objective itself
+    run(&workshop, "whole", 2, &["scope.mask.score=gri", "scope.mask.fraction=1"]);
+    run(&workshop, "plain", 2, &["scope.tensors=[\"*_proj.weight\"]"]);
+    let [whole, plain] = ["whole", "plain"].map(|name| tensors(&workshop, &format!("{name}/model/model.safetensors")));
+    assert!(start.keys().all(|name| tiny::difference(&whole[name], &plain[name]) < 1e-7));
     // a mask is used again, turned round, and cut with another
     let file = |name: &str| workshop.path(&format!("{name}/mask.safetensors")).display().to_string();
     let (a, b) = (file("random0_0"), file("gradient1_0"));
