@@ -79,7 +79,7 @@ impl Suites {
     ///
     /// # Errors
     /// Files that are missing or hold something else than the suite needs, with file, row, field, what is there and what was expected.
-    pub fn read(config: &Config, encoder: &Encoder, sets: &[(&'static str, &Dataset)]) -> Result<Self, EvalError> {
+    pub fn read(config: &Config, encoder: &Encoder, sets: &[(&str, &Dataset)]) -> Result<Self, EvalError> {
         let eval = &config.eval;
         let floor = if eval.compat.is_some() { Floor::OneToken } else { Floor::Zero };
         let reading = Reading { encoder, max_length: config.data.max_length, floor };
