@@ -164,6 +164,29 @@ impl Evaluator {
         Ok(scores)
     }
 
+    /// Shows what the suites say before and after, beside the other models. Only the first rank reads and tells.
+    pub(super) fn print(&self, steps: usize, context: &Context) -> Result<(), RunError> {
+        let silent = context.console.is_for_machines() || !context.world.is_first();
+        if silent || !self.suites.as_ref().is_some_and(Suites::has_tables) {
+            return Ok(());
+        }
+        let mut found = Vec::new();
+        for (name, step) in [("before", 0), ("after", steps)] {
+            let file = self.folder.join(eval::record::FOLDER).join(format!("{}.json", Evaluation::label_of(step)));
+            if file.is_file() {
+                found.push((name.to_owned(), Evaluation::read(&file)?));
+            }
+        }
+        let others = [("original", &self.others.original), ("retrained", &self.others.retrained)];
+        let others = others.into_iter().filter_map(|(name, one)| Some((name.to_owned(), one.as_ref()?)));
+        let columns: Vec<(String, &Evaluation)> =
+            found.iter().map(|(name, one)| (name.clone(), one)).chain(others).collect();
+        let own =
+            |name: &str| !self.sets.iter().any(|set| name.strip_prefix(set).is_some_and(|rest| rest.starts_with('.')));
+        tracing::info!("\n{}", eval::compare::side_by_side(&columns, own));
+        Ok(())
+    }
+
     fn measure(
         &self,
         asked: Asked,

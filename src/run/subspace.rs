@@ -99,6 +99,7 @@ pub(super) fn run(
         Timing { steps: identifier.step, tokens, training_seconds, reference_seconds: 0.0, seconds_to_first_step };
     let summary = Summary::new(config, &inputs, context, &identity, evaluations, timing);
     folder.write_summary(&summary, world)?;
+    evaluator.print(identifier.step, context)?;
     summary.print(&folder.path, console);
     Ok(Outcome::Finished(Box::new(summary)))
 }
