@@ -589,6 +589,12 @@ lr = 1e-5
             "data.retain: has no effect",
         );
         refused(&["data.train={path='t', kind='qa'}"], "data.train: has no effect unless");
+        refused(&["eval.suites=['tofu']"], "eval.suites: lists \"tofu\", which has no table");
+        refused(&["eval.retrained=r"], "eval.retrained: has no effect without [eval.tofu] or [eval.mia]");
+        refused(&["eval.cache=c"], "eval.cache: has no effect without");
+        refused(&["eval.reference=r"], "eval.reference: has no effect without [eval.mia]");
+        refused(&["eval.choice={path='c', examples='e'}"], "eval.choice.examples: has no effect with shots = 0");
+        refused(&["eval.muse={knowmem_retain_icl='e'}"], "eval.muse.knowmem_retain_icl: has no effect without");
         refused(&["method.retain=none", "eval.before=false", "eval.after=false"], "data.retain: has no effect");
     }
 
@@ -610,5 +616,10 @@ lr = 1e-5
         refused(&["train.steps=3"], "train.steps: given together");
         refused(&["data.max_length=1"], "data.max_length: is 1");
         refused(&["data.forget.limit=0"], "data.forget.limit: is 0");
+        refused(&["eval.mia={holdout={path='h', kind='qa'}, k=0}"], "eval.mia.k: is 0");
+        refused(&["eval.tofu={path='t', forget='retain90'}"], "eval.tofu.forget: is \"retain90\"");
+        refused(&["eval.perplexity={source={path='t', kind='qa'}}"], "eval.perplexity.source.kind: is \"qa\"");
+        refused(&["eval.muse={}"], "eval.muse: names no set");
+        refused(&["eval.every=2 weeks"], "a.toml with --set eval.every=2 weeks: `every = \"2 weeks\"`: invalid value");
     }
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::frozen::{Frozen, facts, model_folder};
 use super::resume::Scores;
-use super::{Context, FILES_DEADLINE, Inputs, RunError};
+use super::{Context, FILES_DEADLINE, Inputs, RunError, forward_options};
 use crate::config::Config;
 use crate::data::{Dataset, Encoder};
 use crate::eval::suites::{Others, Suites};
@@ -72,6 +72,10 @@ pub fn evaluate(
 /// How texts are cut for a forward pass.
 pub(super) fn forward(config: &Config) -> ForwardOptions {
     ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 }
+}
+
+fn asked<'a>(trainer: &'a Trainer, forward: ForwardOptions, context: &'a Context) -> Asked<'a> {
+    Asked { decoder: &trainer.decoder, weights: &trainer.parameters.weights, world: &context.world, forward }
 }
 
 /// The last part of a folder's name that says anything: that of the run where the folder is its `model`.
@@ -156,9 +160,30 @@ impl Evaluator {
             family: inputs.arch.family.to_owned(),
             parameters: inputs.arch.num_parameters(),
         };
-        let weights = &trainer.parameters.weights;
-        let asked = Asked { decoder: &trainer.decoder, weights, world: &context.world, forward: self.forward };
-        self.measure(asked, &inputs.encoder, label, &facts, context)
+        self.measure(asked(trainer, self.forward, context), &inputs.encoder, label, &facts, context)
+    }
+
+    /// Shows what the suites say before and after, beside the other models. Only the first rank reads and tells.
+    pub(super) fn print(&self, steps: usize, context: &Context) -> Result<(), RunError> {
+        let silent = context.console.is_for_machines() || !context.world.is_first();
+        if silent || !self.suites.as_ref().is_some_and(Suites::has_tables) {
+            return Ok(());
+        }
+        let mut found = Vec::new();
+        for (name, step) in [("before", 0), ("after", steps)] {
+            let file = self.folder.join(eval::record::FOLDER).join(format!("{}.json", Evaluation::label_of(step)));
+            if file.is_file() {
+                found.push((name.to_owned(), Evaluation::read(&file)?));
+            }
+        }
+        let others = [("original", &self.others.original), ("retrained", &self.others.retrained)];
+        let others = others.into_iter().filter_map(|(name, one)| Some((name.to_owned(), one.as_ref()?)));
+        let columns: Vec<(String, &Evaluation)> =
+            found.iter().map(|(name, one)| (name.clone(), one)).chain(others).collect();
+        let own =
+            |name: &str| !self.sets.iter().any(|set| name.strip_prefix(set).is_some_and(|rest| rest.starts_with('.')));
+        tracing::info!("\n{}", eval::compare::side_by_side(&columns, own));
+        Ok(())
     }
 
     pub(super) fn measure(

@@ -251,6 +251,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         summary::Timing { steps, tokens, training_seconds, reference_seconds, seconds_to_first_step },
     );
     folder.write_summary(&summary, world)?;
+    evaluator.print(steps, &context)?;
     summary.print(&folder.path, console);
     Ok(Outcome::Finished(Box::new(summary)))
 }

@@ -93,12 +93,14 @@ pub(super) fn run(
     if config.eval.after {
         // of what was written
         identifier.load(&Folder::open(&model)?, None)?;
-        evaluations.after = evaluator.step(identifier.step, &identifier.trainer, &inputs, None, context, metrics)?;
+        let step = identifier.step;
+        evaluations.after = evaluator.step(step, &identifier.trainer, &inputs, None, context, metrics)?;
     }
     let timing =
         Timing { steps: identifier.step, tokens, training_seconds, reference_seconds: 0.0, seconds_to_first_step };
     let summary = Summary::new(config, &inputs, context, &identity, evaluations, timing);
     folder.write_summary(&summary, world)?;
+    evaluator.print(identifier.step, context)?;
     summary.print(&folder.path, console);
     Ok(Outcome::Finished(Box::new(summary)))
 }

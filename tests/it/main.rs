@@ -4,6 +4,7 @@
 
 mod attacks;
 mod checkpoints;
+mod evaluations;
 mod failures;
 mod generation;
 mod golden_logits;

@@ -9,6 +9,7 @@ mod choice;
 mod likelihood;
 mod mia;
 mod muse;
+mod overall;
 mod perplexity;
 mod questions;
 mod requests;
@@ -188,7 +189,13 @@ impl Suites {
             suite.compare(others, &mut out);
             out.seconds.insert(suite.name().to_owned(), started.elapsed().as_secs_f64());
         }
+        overall::tell(self, others, &mut out);
         Ok(out)
+    }
+
+    /// Whether there is more than the likelihood of the sets of `[data]`.
+    pub fn has_tables(&self) -> bool {
+        self.suites.iter().any(|suite| suite.name() != "likelihood")
     }
 }
 
