@@ -46,7 +46,7 @@ pub fn depth(
         let targets = upload(&ids, decoder.device);
         let states = |weights: &Weights| {
             let mut states = Vec::new();
-            decoder.forward_changed(weights, &batch, &mut |_, site, value| {
+            let _ = decoder.forward_changed(weights, &batch, &mut |_, site, value| {
                 if site == Site::Layer {
                     states.push(value.index_select(0, &positions));
                 }
