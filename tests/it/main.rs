@@ -4,6 +4,7 @@
 
 mod attacks;
 mod checkpoints;
+mod evaluations;
 mod failures;
 mod generation;
 mod golden_logits;
@@ -17,6 +18,7 @@ mod resume;
 mod runs;
 mod scopes;
 mod structure;
+mod subspace;
 mod tiny;
 mod toy_head;
 mod weights;

@@ -62,5 +62,6 @@ pub(super) fn basics(item: &mut Item, score: &TextScore, floor: Floor) {
     give(item, "exact_memorisation", score.exact_memorisation());
     let correct = score.correct.iter().filter(|&&correct| correct).count();
     give(item, "tokens", Some(score.logprobs.len() as f64));
-    give(item, "correct_tokens", Some(correct as f64));
+    let broken = score.logprobs.iter().any(|x| x.is_nan());
+    give(item, "correct_tokens", Some(if broken { f64::NAN } else { correct as f64 }));
 }
