@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::frozen::{Frozen, facts, model_folder};
 use super::resume::Scores;
-use super::{Context, FILES_DEADLINE, Inputs, RunError, forward_options};
+use super::{Context, FILES_DEADLINE, Inputs, RunError};
 use crate::config::Config;
 use crate::data::{Dataset, Encoder};
 use crate::eval::suites::{Others, Suites};

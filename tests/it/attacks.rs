@@ -77,7 +77,9 @@ fn quantised_weights_are_the_nearest_codes() {
                 }
                 let columns = piece.shape[1] as usize;
                 let group = how.group.unwrap_or(columns);
-                for (row, got) in values.chunks(columns).zip(got[&piece.name].chunks(columns)) {
+                // a piece may be some rows of a fused tensor
+                let rows = got[&piece.name].chunks(columns).skip(piece.offset[0] as usize);
+                for (row, got) in values.chunks(columns).zip(rows) {
                     for (part, got) in row.chunks(group).zip(got.chunks(group)) {
                         let scale = part.iter().fold(0.0f64, |most, &x| most.max(f64::from(x).abs()));
                         for (&x, &got) in part.iter().zip(got) {
@@ -165,7 +167,7 @@ fn krs_finds_what_was_changed() {
     let samples = layouts::samples("forget", 5).samples;
     for (changed, component, layer) in [
         ("layers.1.mlp.down_proj", Component::Values, 1),
-        ("layers.1.mlp.gate_proj", Component::Mlp, 1),
+        ("layers.1.mlp.gate_up_proj", Component::Mlp, 1),
         ("layers.2.self_attn.o_proj", Component::Attention, 2),
     ] {
         for window in [1, 2] {
