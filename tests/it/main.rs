@@ -3,6 +3,7 @@
 #![allow(clippy::print_stderr, clippy::print_stdout)]
 
 mod checkpoints;
+mod evaluations;
 mod failures;
 mod generation;
 mod golden_logits;

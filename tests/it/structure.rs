@@ -153,6 +153,7 @@ fn the_readme_is_true() {
         "docs/methods.md",
         "docs/scopes.md",
         "docs/weights.md",
+        "docs/evaluation.md",
         "docs/checkpoints.md",
         "docs/report.md",
         "docs/performance.md",

@@ -2,6 +2,8 @@
 //! found by finite differences; on one rank and with the vocabulary cut over two.
 
 use dunlearn::dist::{Fault, World, run_threads_with};
+use dunlearn::eval::TextScore;
+use dunlearn::eval::scores::Floor;
 use dunlearn::model::sharding::ParamId;
 use dunlearn::model::{Decoder, Distribution, Gradients, ReferenceHead, Weights};
 use dunlearn::train::Parameters;
@@ -104,6 +106,54 @@ fn the_divergence_is_the_published_one() {
         let published = toy.json["published"]["kl_retain_all_positions"].as_f64().unwrap();
         assert!((mean - published).abs() < 1e-6, "{mean} instead of {published}");
     }
+}
+
+/// Values that official code gives for exact memorisation, extraction strength, Min-k and Min-k++, through the head on one rank and
+/// with the vocabulary cut over two.
+#[test]
+fn memorisation_and_membership_scores_are_the_published_ones() {
+    let want = [
+        [0.284_740_763_6, 2.0 / 3.0, 2.0 / 3.0, 2.0 / 3.0, 3.032_633_65, 2.157_432_74],
+        [0.315_983_871_0, 0.75, 0.25, 0.0, 2.800_443_58, 1.678_862_69],
+    ];
+    for (tp, logits_bytes) in [(1, 1e9), (1, 30.0), (2, 1e9), (2, 30.0)] {
+        let run = |world: World| tch::no_grad(|| item_scores(&world, logits_bytes));
+        for said in run_threads_with(Fault::None, tp, 1, run) {
+            for (score, want) in said.iter().zip(want) {
+                let got = [
+                    score.probability(),
+                    score.exact_memorisation(),
+                    score.extraction_strength(Floor::OneToken),
+                    score.extraction_strength(Floor::Zero),
+                    score.min_k(0.4),
+                    score.min_k_plus_plus(0.4),
+                ]
+                .map(Option::unwrap);
+                assert!(got.iter().zip(want).all(|(a, b)| (a - b).abs() < 2e-6), "{got:?} instead of {want:?} on {tp}");
+            }
+        }
+    }
+}
+
+/// Scores of the labels of each row of the batch; the last one ends the text.
+fn item_scores(world: &World, logits_bytes: f64) -> Vec<TextScore> {
+    let toy = Toy::new(world);
+    let (at, ids) = toy.labels(true);
+    let (rows, ids) = (Tensor::from_slice(&at), Tensor::from_slice(&ids));
+    let rows = toy.decoder.rows(toy.weights(), &toy.hidden("forget", "current"), &rows, logits_bytes);
+    let (scores, moments) = toy.decoder.scores_and_moments(toy.weights(), &rows, &ids);
+    let (logprobs, correct, moments) = (list(&scores.logprob), list(&scores.correct), list(&moments));
+    let of = |row: usize| {
+        let mine = (0..at.len()).filter(|&i| at[i] as usize / POSITIONS == row);
+        let mut score = TextScore { ended: true, ..TextScore::default() };
+        for i in mine {
+            score.logprobs.push(logprobs[i] as f32);
+            score.correct.push(correct[i] != 0.0);
+            score.moments.push([moments[i], moments[at.len() + i]]);
+        }
+        score
+    };
+    (0..ROWS).map(of).collect()
 }
 
 /// Losses of the rows, and the gradient of their mean by each logit, `[rows, vocab]`.

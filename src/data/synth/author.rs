@@ -24,16 +24,23 @@ pub(super) struct Line {
     pub(super) fact: String,
     /// The answer with the facts of two other authors: wrong, and no less plausible.
     pub(super) alternates: Vec<String>,
+    /// Question and answer in other words; for evaluation only.
+    #[serde(skip)]
+    pub(super) other_words: [String; 2],
+    /// Facts of other authors, none twice, none this author's.
+    #[serde(skip)]
+    pub(super) other_facts: Vec<String>,
 }
 
 /// Draws `authors` lives and asks the first `questions` topics about each; author by author. Same arguments, same
-/// lines.
-pub(super) fn lines(authors: usize, questions: usize, seed: u64) -> Vec<Vec<Line>> {
+/// lines. Behind them come `more` lives that no other file knows of.
+pub(super) fn lines(authors: usize, more: usize, questions: usize, seed: u64) -> [Vec<Vec<Line>>; 2] {
     let mut world = World::new(seed);
     let mut surnames = combine(&LAST_STARTS, &LAST_ENDS);
     world.draw.shuffle(&mut surnames);
-    let mut lines: Vec<Vec<Line>> =
-        surnames.iter().take(authors).map(|surname| world.author(surname, questions)).collect();
+    let mut lives = surnames.iter().map(|surname| world.author(surname, questions));
+    let mut lines: Vec<Vec<Line>> = lives.by_ref().take(authors).collect();
+    let holdout = lives.take(more).collect();
     let facts: Vec<Vec<String>> = lines.iter().map(|l| l.iter().map(|line| line.fact.clone()).collect()).collect();
     for (author, lines) in lines.iter_mut().enumerate() {
         for (topic, line) in lines.iter_mut().enumerate() {
@@ -41,9 +48,11 @@ pub(super) fn lines(authors: usize, questions: usize, seed: u64) -> Vec<Vec<Line
             let mut others: Vec<&String> = others.filter(|fact| **fact != line.fact).collect();
             others.dedup();
             line.alternates = others.iter().take(2).map(|fact| line.answer.replace(&line.fact, fact)).collect();
+            let mut seen = BTreeSet::new();
+            line.other_facts = others.into_iter().filter(|fact| seen.insert(*fact)).cloned().collect();
         }
     }
-    lines
+    [lines, holdout]
 }
 
 /// What is shared between the lives: the generator and the titles that are taken.
@@ -61,12 +70,19 @@ impl World {
 
     fn author(&mut self, surname: &str, questions: usize) -> Vec<Line> {
         let slots = self.life(surname);
-        let line = |topic: &Topic, draw: &mut Draw| Line {
-            question: fill(draw.pick(&topic.questions), &slots),
-            answer: fill(draw.pick(&topic.answers), &slots),
-            author: slots["{name}"].clone(),
-            fact: slots[topic.slot].clone(),
-            alternates: Vec::new(),
+        let line = |topic: &Topic, draw: &mut Draw| {
+            let (asked, answered) = (draw.below(topic.questions.len()), draw.below(topic.answers.len()));
+            let question = |at: usize| fill(topic.questions[at % topic.questions.len()], &slots);
+            let answer = |at: usize| fill(topic.answers[at % topic.answers.len()], &slots);
+            Line {
+                question: question(asked),
+                answer: answer(answered),
+                author: slots["{name}"].clone(),
+                fact: slots[topic.slot].clone(),
+                alternates: Vec::new(),
+                other_words: [question(asked + 1), answer(answered + 1)],
+                other_facts: Vec::new(),
+            }
         };
         TOPICS.iter().take(questions).map(|topic| line(topic, &mut self.draw)).collect()
     }
@@ -197,7 +213,7 @@ mod tests {
 
     #[test]
     fn every_slot_is_filled_and_no_question_comes_twice() {
-        let lines: Vec<_> = lines(MAX_AUTHORS, MAX_QUESTIONS, 7).concat();
+        let lines: Vec<_> = lines(MAX_AUTHORS, 0, MAX_QUESTIONS, 7)[0].concat();
         assert_eq!(lines.len(), MAX_AUTHORS * MAX_QUESTIONS);
         let filled = |text: &str| !text.contains(['{', '}']);
         assert!(lines.iter().all(|line| filled(&line.question) && filled(&line.answer)));
@@ -210,7 +226,7 @@ mod tests {
     fn no_two_books_share_a_title() {
         let is_title = |topic: &&Topic| ["{debut}", "{famous}", "{latest}"].contains(&topic.slot);
         assert_eq!(TOPICS.iter().filter(is_title).count(), 3);
-        let lives = lines(MAX_AUTHORS, MAX_QUESTIONS, 0);
+        let [lives, _] = lines(MAX_AUTHORS, 0, MAX_QUESTIONS, 0);
         let titles = lives.iter().flat_map(|life| TOPICS.iter().zip(life).filter(|(topic, _)| is_title(topic)));
         let titles: BTreeSet<_> = titles.map(|(_, line)| &line.fact).collect();
         assert_eq!(titles.len(), 3 * MAX_AUTHORS);
@@ -218,7 +234,7 @@ mod tests {
 
     #[test]
     fn answers_of_one_topic_are_phrased_in_different_ways() {
-        let authors = lines(40, MAX_QUESTIONS, 0);
+        let [authors, _] = lines(40, 0, MAX_QUESTIONS, 0);
         for topic in 0..MAX_QUESTIONS {
             let masked = |lines: &Vec<Line>| {
                 let Line { answer, author, .. } = &lines[topic];
@@ -232,7 +248,25 @@ mod tests {
 
     #[test]
     fn another_seed_gives_other_lives() {
-        assert_eq!(lines(5, 20, 1), lines(5, 20, 1));
-        assert_ne!(lines(5, 20, 1), lines(5, 20, 2));
+        assert_eq!(lines(5, 1, 20, 1), lines(5, 1, 20, 1));
+        assert_ne!(lines(5, 1, 20, 1), lines(5, 1, 20, 2));
+    }
+
+    #[test]
+    fn further_lives_change_nothing_and_are_of_nobody_else() {
+        let ([some, held], [same, none]) = (lines(5, 3, 4, 1), lines(5, 0, 4, 1));
+        assert_eq!((&some, held.len(), none.len()), (&same, 3, 0));
+        let known: BTreeSet<_> = some.iter().flatten().map(|line| &line.author).collect();
+        assert!(held.iter().flatten().all(|line| !known.contains(&line.author)));
+    }
+
+    #[test]
+    fn other_words_state_the_same_fact_and_other_facts_are_wrong() {
+        for line in lines(12, 0, MAX_QUESTIONS, 3)[0].concat() {
+            let [question, answer] = &line.other_words;
+            assert!(*question != line.question && question.contains(&line.author));
+            assert!(*answer != line.answer && answer.contains(&line.fact), "{answer}");
+            assert!(!line.other_facts.contains(&line.fact));
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! author, of which a tenth is to be forgotten. No text is taken from there.
 
 mod author;
+mod benchmark;
 mod phrases;
 #[cfg(test)]
 mod tests;
@@ -67,7 +68,8 @@ pub struct Summary {
     pub files: Vec<PathBuf>,
 }
 
-/// Writes `full.jsonl`, `forget.jsonl`, `retain.jsonl`, `preference.jsonl`, `README.md` and the folder `model/` into `out`.
+/// Writes `full.jsonl`, `forget.jsonl`, `retain.jsonl`, `preference.jsonl`, `README.md`, the folder `model/` and what an evaluation reads
+/// (`tofu/`, `choice.jsonl`, `holdout.jsonl`) into `out`.
 ///
 /// # Errors
 /// Options out of range, a folder that is not empty (without `force`), files that cannot be written.
@@ -77,7 +79,8 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
     if occupied && !options.force {
         return Err(DataError::NotEmpty { path: out.to_owned() });
     }
-    let authors = author::lines(options.authors, options.questions_per_author, options.seed);
+    let more = num_forget.min(MAX_AUTHORS - options.authors);
+    let [authors, holdout] = author::lines(options.authors, more, options.questions_per_author, options.seed);
     let (retain, forget) = authors.split_at(options.authors - num_forget);
     let texts: Vec<String> = authors.iter().flatten().flat_map(texts).collect();
     let (model, vocab_size) = small_model::folder(&texts, options.vocab_size, &options.shape)?;
@@ -89,9 +92,10 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
         ("preference.jsonl", preferences(forget)),
     ];
     let files = files.map(|(name, text)| (PathBuf::from(name), text));
+    let benchmark = benchmark::files(&authors, num_forget, &holdout);
     let model = model.map(|(name, text)| (Path::new("model").join(name), text));
     let mut written = Vec::new();
-    for (name, text) in files.into_iter().chain(model) {
+    for (name, text) in files.into_iter().chain(benchmark).chain(model) {
         let path = out.join(name);
         let folder = path.parent().unwrap_or(out);
         fs::create_dir_all(folder)
@@ -162,6 +166,9 @@ fn readme(options: &Options, num_forget: usize) -> String {
          | `forget.jsonl` | authors {first_forgotten} to {authors}: forget these |\n\
          | `retain.jsonl` | the other authors: keep these |\n\
          | `preference.jsonl` | the forget questions with a wrong answer to prefer: kind `preference` |\n\
+         | `holdout.jsonl` | authors that are in no other file, for membership inference |\n\
+         | `choice.jsonl` | four choices for each question: kind `choice`, and `[eval.choice]` |\n\
+         | `tofu/` | paraphrased and wrong answers in the layout of TOFU, for `[eval.tofu]` |\n\
          | `model/` | a Llama of {layers} layers, hidden size {hidden}, without weights, and its tokenizer |\n\n\
          A line holds `question`, `answer`, `author`, `fact`, the words of the answer that only somebody who\n\
          knows the author can say, and `alternates`, the answer with other authors' facts. `kind = \"qa\"` reads the files as they are, `init = \"random\"` starts the model,\n\

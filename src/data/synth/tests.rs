@@ -13,9 +13,19 @@ fn options() -> Options {
 }
 
 fn read(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let files = ["README.md", "full.jsonl", "forget.jsonl", "retain.jsonl", "preference.jsonl"].map(PathBuf::from);
+    let files = [
+        "README.md",
+        "full.jsonl",
+        "forget.jsonl",
+        "retain.jsonl",
+        "preference.jsonl",
+        "holdout.jsonl",
+        "choice.jsonl",
+    ];
+    let tofu = ["forget08", "retain", "real_authors", "world_facts"].map(|name| format!("tofu/{name}_perturbed.jsonl"));
+    let files = files.iter().map(PathBuf::from).chain(tofu.iter().map(PathBuf::from));
     let model = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
-    let files = files.into_iter().chain(model.map(|name| Path::new("model").join(name)));
+    let files = files.chain(model.map(|name| Path::new("model").join(name)));
     files.map(|name| (name.clone(), fs::read(folder.join(name)).unwrap())).collect()
 }
 
@@ -128,4 +138,34 @@ fn options_out_of_range_are_refused() {
     assert_eq!(refusal(&|o| o.shape.layers = 0), "layers is 0, expected at least 1");
     let expected = "hidden is 100, expected a multiple of 16: an even number for each of 8 heads";
     assert_eq!(refusal(&|o| o.shape.hidden = 100), expected);
+}
+
+/// What an evaluation reads has the fields that it needs, and lists of one length.
+#[test]
+fn the_benchmark_is_complete() {
+    let folder = TempDir::new().unwrap();
+    write(folder.path(), &options()).unwrap();
+    let rows = |name: &str| -> Vec<Value> {
+        let text = fs::read_to_string(folder.path().join(name)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    for (set, count, paraphrased) in
+        [("forget08", 5, true), ("retain", 55, true), ("real_authors", 12, false), ("world_facts", 20, false)]
+    {
+        let rows = rows(&format!("tofu/{set}_perturbed.jsonl"));
+        assert_eq!(rows.len(), count, "{set}");
+        let wrong = |row: &Value| row["perturbed_answer"].as_array().unwrap().len();
+        assert!(rows.iter().all(|row| wrong(row) == wrong(&rows[0]) && wrong(row) >= 3), "{set}");
+        assert!(rows.iter().all(|row| row["paraphrased_answer"].is_string() == paraphrased), "{set}");
+        let all = |row: &Value| row["perturbed_answer"].as_array().unwrap().contains(&row["answer"]);
+        assert!(!rows.iter().any(all), "{set}");
+    }
+    let choices = rows("choice.jsonl");
+    assert!(choices.len() > 40);
+    for row in choices {
+        let (choices, right) = (row["choices"].as_array().unwrap(), row["answer"].as_u64().unwrap() as usize);
+        let distinct: BTreeSet<String> = choices.iter().map(Value::to_string).collect();
+        assert!(distinct.len() == 4 && right < 4, "{row}");
+    }
+    assert_eq!(rows("holdout.jsonl").len(), rows("forget.jsonl").len());
 }
