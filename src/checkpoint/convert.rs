@@ -79,7 +79,8 @@ impl Merge<'_> {
         if let (Some(scale), Some(shape_a), Some(shape_b)) = (self.scale, known.get(a.as_str()), known.get(b.as_str()))
         {
             let product = self.files.weights(&b, shape_b)?.matmul(&self.files.weights(&a, shape_a)?);
-            values += product * scale;
+            // not in place: what comes from the model's file is a view of it
+            values = &values + product * scale;
         }
         Ok(values)
     }

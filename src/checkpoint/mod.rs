@@ -13,7 +13,7 @@ mod tensor_file;
 
 pub use convert::{TensorDifference, convert, difference, trains_everything};
 pub use error::CheckpointError;
-pub use export::{ExportOptions, export, export_adapter};
+pub use export::{ExportOptions, export, export_adapter, export_tensors};
 pub use folder::Folder;
 pub use parallel::{Destination, owners, write_parallel};
 pub use random::write_random;

@@ -28,6 +28,21 @@ pub enum What {
     Second,
     /// SGD's momentum.
     Velocity,
+    /// The scale of each element's block of codes, for moments of chosen weights: their blocks are cut among the chosen, so the blocks
+    /// of [`Blocks`] cannot say it.
+    FirstScale,
+    SecondScale,
+}
+
+impl What {
+    /// Of a moment's scales.
+    pub fn scale(self) -> Option<Self> {
+        match self {
+            Self::First => Some(Self::FirstScale),
+            Self::Second => Some(Self::SecondScale),
+            _ => None,
+        }
+    }
 }
 
 /// One slice of a rank's state, on the host.

@@ -102,6 +102,21 @@ pub(super) struct RunOptions {
     pub(super) fault: Option<Fault>,
 }
 
+impl RunOptions {
+    /// A configuration that is not run but used, without bars.
+    pub(super) fn quiet(config: &std::path::Path) -> Self {
+        Self {
+            config: Some(config.to_owned()),
+            set: Vec::new(),
+            overwrite: false,
+            force_resume: false,
+            progress: ProgressChoice::None,
+            log_format: LogChoice::Text,
+            fault: None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum ProgressChoice {
     /// Bars on a terminal, plain lines elsewhere
@@ -386,6 +401,9 @@ pub(super) struct SynthOptions {
     /// Share of the authors that is to be forgotten
     #[arg(long, default_value_t = synth::Options::default().forget_fraction)]
     forget_fraction: f64,
+    /// Sums of two numbers, a task of another kind: into sums.jsonl and full.jsonl
+    #[arg(long, default_value_t = synth::Options::default().sums)]
+    sums: usize,
     #[arg(long, default_value_t = synth::Options::default().seed)]
     pub(super) seed: u64,
     /// Tokens of the tokenizer
@@ -418,6 +436,7 @@ impl From<&SynthOptions> for synth::Options {
             authors: options.authors,
             questions_per_author: options.questions,
             forget_fraction: options.forget_fraction,
+            sums: options.sums,
             seed: options.seed,
             vocab_size: options.vocab,
             shape: synth::Shape { hidden, layers, heads, kv_heads, intermediate },

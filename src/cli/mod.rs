@@ -68,7 +68,7 @@ pub fn main() -> ExitCode {
         Some(Verb::Eval(options)) => eval::eval(&options, &launched, started),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
-        Some(Verb::Weights { verb }) => weights::weights(&verb, &launched),
+        Some(Verb::Weights { verb }) => weights::weights(&verb, &launched, started),
         Some(Verb::Report(options)) => report::report(&options),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
         Some(Verb::Data { verb: DataVerb::Model(options) }) => write_model(&options),
@@ -91,7 +91,7 @@ fn write_synth(options: &arguments::SynthOptions) -> anyhow::Result<()> {
         write_random(&model, &families::read(&model)?, options.seed)?;
     }
     println!(
-        "{}: {} fictional authors, {} questions; {} to forget, {} to keep; model/ holds a tokenizer of {} tokens and a config.json{}",
+        "{}: {} fictional authors, {} questions in all; {} to forget, {} to keep; model/ holds a tokenizer of {} tokens and a config.json{}",
         options.out.display(),
         summary.authors,
         summary.full,

@@ -35,7 +35,7 @@ pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyho
 fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     let path = options.config.as_ref().context("--config is missing")?;
     let config = config::from_file(path, &options.set)?;
-    let context = context(ranks, &config, options, launched, started)?;
+    let context = prepare(ranks, options, &config, launched, started)?;
     let is_first = context.world.is_first();
     signals::note_requests();
     match tch::no_grad(|| run::run(&config, context))? {
@@ -49,11 +49,11 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     }
 }
 
-/// The ranks' groups, device, threads and log for a configuration. All ranks call it.
-pub(super) fn context(
+/// Threads, devices and logs for a configuration. All ranks call it.
+pub(super) fn prepare(
     ranks: &Ranks,
-    config: &Config,
     options: &RunOptions,
+    config: &Config,
     launched: &Launched,
     started: Instant,
 ) -> anyhow::Result<Context> {

@@ -10,6 +10,7 @@ mod load;
 mod method;
 mod schema;
 mod scope;
+mod subspace;
 mod validate;
 mod words;
 
@@ -20,3 +21,4 @@ pub use load::{any_from_file, digest, evaluation_from_file, from_file, from_str,
 pub use method::*;
 pub use schema::*;
 pub use scope::*;
+pub use subspace::{Mode, Side, StageOrder, StartFrom, Subspace};

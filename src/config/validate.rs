@@ -6,6 +6,7 @@ use super::eval::{Eval, SuiteName};
 use super::method::{Compat, Method, Objective, Positions, Retain};
 use super::schema::{Config, Device, Dp, Export, Optimizer, OptimizerName, StateDtype};
 use super::scope::{LoraInit, Mask, Score, Unit};
+use super::subspace;
 
 /// Checks what one key says against what the others say.
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
@@ -15,6 +16,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     optimizer(config)?;
     scope(config)?;
     before(config)?;
+    subspace::validate(config)?;
     let parallel = &config.parallel;
     positive("parallel.tp", parallel.tp as f64)?;
     positive("parallel.bucket_mib", parallel.bucket_mib)?;
@@ -131,16 +133,20 @@ fn method(config: &Config) -> Result<(), ConfigError> {
 
 fn data(config: &Config) -> Result<(), ConfigError> {
     let data = &config.data;
-    let finetune = config.method.objective == Objective::Finetune;
-    match (finetune, &data.train, &data.forget) {
+    let learns = config.method.objective.learns();
+    match (learns, &data.train, &data.forget) {
         (true, None, _) => {
             return Err(ConfigError::value(
                 "data.train",
-                "missing; objective \"finetune\" needs it: write train = { path = \"train.jsonl\", kind = \"qa\" }",
+                "missing; objectives \"finetune\" and \"learn\" need it: write train = { path = \"train.jsonl\", kind = \"qa\" }",
             ));
         }
         (false, Some(_), _) => {
-            return no_effect("data.train", "unless method.objective = \"finetune\"", "write data.forget instead");
+            return no_effect(
+                "data.train",
+                "unless method.objective = \"finetune\" or \"learn\"",
+                "write data.forget instead",
+            );
         }
         (false, None, None) => {
             return Err(ConfigError::value(
@@ -157,7 +163,7 @@ fn data(config: &Config) -> Result<(), ConfigError> {
         ));
     }
     let evaluated = config.eval.happens();
-    let unused = if finetune { &data.forget } else { &None };
+    let unused = if learns { &data.forget } else { &None };
     for (key, source) in [("data.forget", unused), ("data.retain", &data.retain)] {
         let needed = key == "data.retain" && config.method.retain != Retain::None;
         if source.is_some() && !needed && !evaluated {
@@ -525,6 +531,12 @@ lr = 1e-5
             "data.retain: has no effect",
         );
         refused(&["data.train={path='t', kind='qa'}"], "data.train: has no effect unless");
+        refused(&["eval.suites=['tofu']"], "eval.suites: lists \"tofu\", which has no table");
+        refused(&["eval.retrained=r"], "eval.retrained: has no effect without [eval.tofu] or [eval.mia]");
+        refused(&["eval.cache=c"], "eval.cache: has no effect without");
+        refused(&["eval.reference=r"], "eval.reference: has no effect without [eval.mia]");
+        refused(&["eval.choice={path='c', examples='e'}"], "eval.choice.examples: has no effect with shots = 0");
+        refused(&["eval.muse={knowmem_retain_icl='e'}"], "eval.muse.knowmem_retain_icl: has no effect without");
         refused(&["method.retain=none", "eval.before=false", "eval.after=false"], "data.retain: has no effect");
     }
 
@@ -546,5 +558,10 @@ lr = 1e-5
         refused(&["train.steps=3"], "train.steps: given together");
         refused(&["data.max_length=1"], "data.max_length: is 1");
         refused(&["data.forget.limit=0"], "data.forget.limit: is 0");
+        refused(&["eval.mia={holdout={path='h', kind='qa'}, k=0}"], "eval.mia.k: is 0");
+        refused(&["eval.tofu={path='t', forget='retain90'}"], "eval.tofu.forget: is \"retain90\"");
+        refused(&["eval.perplexity={source={path='t', kind='qa'}}"], "eval.perplexity.source.kind: is \"qa\"");
+        refused(&["eval.muse={}"], "eval.muse: names no set");
+        refused(&["eval.every=2 weeks"], "a.toml with --set eval.every=2 weeks: `every = \"2 weeks\"`: invalid value");
     }
 }

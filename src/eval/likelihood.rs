@@ -37,7 +37,9 @@ pub fn summarise<'a>(scores: impl IntoIterator<Item = &'a TextScore>) -> Likelih
         all.tokens += score.logprobs.len();
         all.nll -= sum;
         all.probability += (sum / score.logprobs.len() as f64).exp();
-        all.token_accuracy += score.correct.iter().filter(|&&x| x).count() as f64;
+        // where there are no log-probabilities there is no first choice either
+        let correct = score.correct.iter().filter(|&&x| x).count() as f64;
+        all.token_accuracy += if sum.is_nan() { f64::NAN } else { correct };
     }
     let (samples, tokens) = (all.samples as f64, all.tokens as f64);
     let (probability, token_accuracy, nll) = (all.probability / samples, all.token_accuracy / tokens, all.nll / tokens);

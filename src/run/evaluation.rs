@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::frozen::{Frozen, facts, model_folder};
 use super::resume::Scores;
-use super::{Context, FILES_DEADLINE, Inputs, RunError};
+use super::{Context, FILES_DEADLINE, Inputs, RunError, forward_options};
 use crate::config::Config;
 use crate::data::{Dataset, Encoder};
 use crate::eval::suites::{Others, Suites};
@@ -55,7 +55,7 @@ pub fn evaluate(
         Ok((key.trim_start_matches("data."), set))
     };
     let sets: Vec<(&'static str, Dataset)> = config.data.sources().map(load).collect::<Result<_, _>>()?;
-    let named: Vec<(&'static str, &Dataset)> = sets.iter().map(|(name, set)| (*name, set)).collect();
+    let named: Vec<(&str, &Dataset)> = sets.iter().map(|(name, set)| (*name, set)).collect();
     for warning in named.iter().flat_map(|(_, set)| set.warnings()).filter(|_| world.is_first()) {
         tracing::warn!("{warning}");
     }
@@ -69,9 +69,25 @@ pub fn evaluate(
     Ok((out, evaluator.others))
 }
 
-/// How texts are cut for a forward pass.
-pub(super) fn forward(config: &Config) -> ForwardOptions {
-    ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 }
+/// Likelihood of every set of a run under the model in training, by name. All ranks call it.
+pub(super) fn likelihoods(config: &Config, inputs: &Inputs, trainer: &Trainer, context: &Context) -> Scores {
+    let sets = inputs.sets();
+    let chosen = |set: &Dataset| match config.eval.max_samples {
+        0 => set.samples.len(),
+        most => set.samples.len().min(most),
+    };
+    let total: usize = sets.iter().map(|(_, set)| set.samples.len().div_ceil(context.world.mesh.dp)).sum();
+    let mut bar = context.console.progress("evaluation", total as u64, "samples");
+    let asked = asked(trainer, forward_options(config), context);
+    let scored = sets.into_iter().map(|(name, set)| {
+        let scores = eval::per_sample(asked, set, |n| bar.advance(n as u64, name));
+        (name.to_owned(), eval::summarise(&scores[..chosen(set)]))
+    });
+    scored.collect()
+}
+
+fn asked<'a>(trainer: &'a Trainer, forward: ForwardOptions, context: &'a Context) -> Asked<'a> {
+    Asked { decoder: &trainer.decoder, weights: &trainer.parameters.weights, world: &context.world, forward }
 }
 
 /// The last part of a folder's name that says anything: that of the run where the folder is its `model`.
@@ -88,11 +104,11 @@ impl Evaluator {
     pub(super) fn new(
         config: &Config,
         encoder: &Encoder,
-        sets: &[(&'static str, &Dataset)],
+        sets: &[(&str, &Dataset)],
         context: &Context,
     ) -> Result<Self, RunError> {
         let timeout = Duration::from_secs(config.run.timeout);
-        let (folder, forward) = (config.run.dir.clone(), forward(config));
+        let (folder, forward) = (config.run.dir.clone(), forward_options(config));
         let mut evaluator =
             Self { suites: None, others: Others::default(), sets: vec![], warnings: vec![], folder, timeout, forward };
         if !config.eval.happens() {
@@ -136,8 +152,7 @@ impl Evaluator {
             family: inputs.arch.family.to_owned(),
             parameters: inputs.arch.num_parameters(),
         };
-        let weights = &trainer.parameters.weights;
-        let asked = Asked { decoder: &trainer.decoder, weights, world: &context.world, forward: self.forward };
+        let asked = asked(trainer, self.forward, context);
         let mut out = self.measure(asked, &inputs.encoder, &Evaluation::label_of(step), &facts, context)?;
         out.step = Some(step);
         self.write(&out, context)?;
@@ -147,6 +162,29 @@ impl Evaluator {
             out.metrics.iter().map(|(name, metric)| (name.clone(), json!(metric.value))).collect();
         metrics.write(&json!({ "step": step, "eval": scores, "metrics": values }))?;
         Ok(scores)
+    }
+
+    /// Shows what the suites say before and after, beside the other models. Only the first rank reads and tells.
+    pub(super) fn print(&self, steps: usize, context: &Context) -> Result<(), RunError> {
+        let silent = context.console.is_for_machines() || !context.world.is_first();
+        if silent || !self.suites.as_ref().is_some_and(Suites::has_tables) {
+            return Ok(());
+        }
+        let mut found = Vec::new();
+        for (name, step) in [("before", 0), ("after", steps)] {
+            let file = self.folder.join(eval::record::FOLDER).join(format!("{}.json", Evaluation::label_of(step)));
+            if file.is_file() {
+                found.push((name.to_owned(), Evaluation::read(&file)?));
+            }
+        }
+        let others = [("original", &self.others.original), ("retrained", &self.others.retrained)];
+        let others = others.into_iter().filter_map(|(name, one)| Some((name.to_owned(), one.as_ref()?)));
+        let columns: Vec<(String, &Evaluation)> =
+            found.iter().map(|(name, one)| (name.clone(), one)).chain(others).collect();
+        let own =
+            |name: &str| !self.sets.iter().any(|set| name.strip_prefix(set).is_some_and(|rest| rest.starts_with('.')));
+        tracing::info!("\n{}", eval::compare::side_by_side(&columns, own));
+        Ok(())
     }
 
     fn measure(

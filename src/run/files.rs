@@ -20,7 +20,7 @@ pub struct RunFolder {
 
 /// First line of a run folder's `config.toml`: the sign that the folder is ours to write in.
 const MARK: &str = "# Resolved configuration of a run, written by dunlearn.\n";
-/// What a run writes into its folder, besides `config.toml` and the cache.
+/// What a run writes into its folder, besides `config.toml`, the cache and tasks.
 const RESULTS: [&str; 9] = [
     "summary.json",
     "metrics.jsonl",
@@ -73,19 +73,21 @@ impl RunFolder {
         }
         let written_by_us =
             std::fs::read_to_string(folder.join("config.toml")).is_ok_and(|text| text.starts_with(MARK));
-        let found = RESULTS.iter().chain(&["config.toml", "cache"]).find(|name| folder.join(name).exists());
+        let found = RESULTS.iter().chain(&["config.toml", "cache", "tasks"]).find(|name| folder.join(name).exists());
         if let Some(name) = found.filter(|_| !written_by_us) {
             return Some(format!(
                 "run.dir: {} exists and was not written by a run; choose another run.dir, or move it away",
                 folder.join(name).display()
             ));
         }
-        if start != Start::New {
+        let finished = folder.join("summary.json").exists();
+        // what is trained of a task is kept layer by layer, with what it was trained from
+        if start != Start::New || (config.method.objective.is_weight_space() && !finished) {
             return None;
         }
         let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
         let steps = metrics.lines().filter(|line| line.contains("\"loss\"")).count();
-        let what = match (folder.join("summary.json").exists(), steps) {
+        let what = match (finished, steps) {
             (true, _) => "a finished run".to_owned(),
             (false, 0) => return None,
             (false, steps) => format!("a run that stopped after {steps} steps"),
@@ -186,6 +188,11 @@ impl RunFolder {
         }
         world.world.barrier();
         Ok(path)
+    }
+
+    /// Task matrices by the task's name; kept when a run starts anew.
+    pub fn tasks(&self) -> PathBuf {
+        self.path.join("tasks")
     }
 
     /// Where low-rank adapters go, in PEFT's format.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Context, RunError, process};
 use crate::dist::World;
@@ -21,6 +21,8 @@ pub(super) struct Journal<'a> {
     pub(super) told: Instant,
     /// From the start of the process to the first step that it told of.
     pub(super) seconds_to_first_step: f64,
+    /// Further keys of a line; none where it is null.
+    pub(super) stage: Value,
 }
 
 impl Journal<'_> {
@@ -62,6 +64,9 @@ impl Journal<'_> {
         }
         if trainer.method.dual.is_some() {
             line["retain_weight"] = json!(trainer.method.retain_weight);
+        }
+        for (name, value) in self.stage.as_object().into_iter().flatten() {
+            line[name] = value.clone();
         }
         self.metrics.write(&line)?;
         self.tokens += work.tokens;

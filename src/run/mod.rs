@@ -1,5 +1,6 @@
 //! One run, from a checked configuration to an exported model: [`run`] reads top to bottom.
 
+mod calibrate;
 mod error;
 mod evaluation;
 mod fault;
@@ -12,8 +13,11 @@ mod process;
 mod reference;
 mod resume;
 mod saving;
+mod subspace;
 mod summary;
+mod trained;
 
+pub use calibrate::{Calibrated, Calibration, calibrate};
 pub use error::RunError;
 pub use evaluation::{EvaluateOptions, evaluate};
 pub use fault::{Fault, Phase};
@@ -50,6 +54,7 @@ use journal::{Journal, comm_seconds};
 use reference::{Identity, Kept, ReferenceCache, ReferenceOptions};
 use resume::Start;
 use saving::{Next, Saver};
+use trained::Trained;
 
 /// What a run is given besides its configuration.
 pub struct Context {
@@ -96,6 +101,9 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     // nothing of an earlier run is touched before the new one's inputs are known to be good
     let folder = RunFolder::create(config, &context, start)?;
     let (mut metrics, past) = folder.metrics(config, &context, start)?;
+    if config.method.objective.is_weight_space() {
+        return subspace::run(config, inputs, &folder, &mut metrics, &context);
+    }
     // other models come and go before this one takes its memory
     let evaluator = Evaluator::new(config, &inputs.encoder, &inputs.sets(), &context)?;
     let (table, layout, _) = inputs.layout(config, world)?;
@@ -110,13 +118,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let method = unlearn::method(&config.method, config.run.seed, per_epoch);
     let batches = batches(config, &inputs, &method);
     one_micro_batch_a_step(config, &batches, steps, world)?;
-    let forward = evaluation::forward(config);
-    let holding = GradientOptions {
-        kind: train::kind(config.train.grad_dtype),
-        reduce: train::kind(config.parallel.reduce_dtype),
-        release: config.optimizer.in_backward,
-        device: decoder.device,
-    };
+    let forward = forward_options(config);
+    let holding = gradient_options(config, decoder.device);
     // a score needs all gradients at once, in f32; what training needs comes after it
     let scored = GradientOptions::f32(decoder.device);
     let buffers = |trainer: &Trainer, options| {
@@ -128,15 +131,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let mut trainer = Trainer {
         schedule: Schedule::new(&config.schedule, config.optimizer.lr, steps, per_epoch),
         method,
-        options: TrainerOptions {
-            in_backward: config.optimizer.in_backward,
-            keep: match config.train.recompute {
-                config::Recompute::None => Keep::Everything,
-                config::Recompute::HalfBlock => Keep::Inputs,
-            },
-            logits_bytes: forward.logits_bytes,
-            max_grad_norm: config.optimizer.max_grad_norm,
-        },
+        options: trainer_options(config),
         broken: Trainer::whole(decoder.device),
         decoder,
         parameters,
@@ -192,6 +187,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         comm_seconds: comm_seconds(world),
         told: Instant::now(),
         seconds_to_first_step: 0.0,
+        stage: serde_json::Value::Null,
     };
     // a GPU works while the host prepares the next step: its numbers are read one step late, unless the next step needs them
     let late = usize::from(context.device != Device::Cpu && trainer.method.dual.is_none());
@@ -253,6 +249,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         summary::Timing { steps, tokens, training_seconds, reference_seconds, seconds_to_first_step },
     );
     folder.write_summary(&summary, world)?;
+    evaluator.print(steps, &context)?;
     summary.print(&folder.path, console);
     Ok(Outcome::Finished(Box::new(summary)))
 }
@@ -391,6 +388,45 @@ fn one_micro_batch_a_step(config: &Config, batches: &Batches, steps: usize, worl
     Ok(())
 }
 
+fn forward_options(config: &Config) -> ForwardOptions {
+    ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 }
+}
+
+fn gradient_options(config: &Config, device: Device) -> GradientOptions {
+    GradientOptions {
+        kind: train::kind(config.train.grad_dtype),
+        reduce: train::kind(config.parallel.reduce_dtype),
+        release: config.optimizer.in_backward,
+        device,
+    }
+}
+
+fn trainer_options(config: &Config) -> TrainerOptions {
+    TrainerOptions {
+        in_backward: config.optimizer.in_backward,
+        keep: match config.train.recompute {
+            config::Recompute::None => Keep::Everything,
+            config::Recompute::HalfBlock => Keep::Inputs,
+        },
+        logits_bytes: forward_options(config).logits_bytes,
+        max_grad_norm: config.optimizer.max_grad_norm,
+    }
+}
+
+/// The kind of the written weights; None for that of the weights that were read.
+fn export_kind(config: &Config) -> Option<Kind> {
+    match config.export.dtype {
+        config::ExportDtype::Same => None,
+        config::ExportDtype::Bf16 => Some(Kind::BFloat16),
+        config::ExportDtype::F16 => Some(Kind::Half),
+        config::ExportDtype::F32 => Some(Kind::Float),
+    }
+}
+
+fn max_shard_bytes(config: &Config) -> usize {
+    (config.export.max_shard_mib * 1048576.0) as usize
+}
+
 fn total_steps(config: &Config, inputs: &Inputs) -> usize {
     let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
     config.train.steps.unwrap_or_else(|| config.train.epochs.unwrap_or(0) * per_epoch)
@@ -474,14 +510,8 @@ fn export_model(
     console: &Console,
     folder: &RunFolder,
 ) -> Result<(), RunError> {
-    let kind = match config.export.dtype {
-        config::ExportDtype::Same => inputs.stored_kind,
-        config::ExportDtype::Bf16 => Kind::BFloat16,
-        config::ExportDtype::F16 => Kind::Half,
-        config::ExportDtype::F32 => Kind::Float,
-    };
+    let kind = export_kind(config).unwrap_or(inputs.stored_kind);
     let (tp, spread) = (world.mesh.tp, trainer.decoder.sequence_parallel);
-    let full: Result<Vec<Table>, _> = (0..tp).map(|rank| Table::new(&inputs.arch, tp, rank, spread)).collect();
     let narrowed = |rank| -> Result<Table, RunError> {
         let mut table = Table::new(&inputs.arch, tp, rank, spread)?;
         scope::narrow(&mut table, config)?;
@@ -492,34 +522,24 @@ fn export_model(
         source: &config.model.path,
         target: &folder.model(),
         kind,
-        max_shard_bytes: (config.export.max_shard_mib * 1048576.0) as usize,
+        max_shard_bytes: max_shard_bytes(config),
     };
     let tensors = trainer.decoder.table.tensors().len() as u64;
     let mut bar = console.progress("export", tensors, "tensors");
-    let (parameters, table) = (&trainer.parameters, &trainer.decoder.table);
-    let mut open = None;
-    let mut trained = |id: usize| {
-        let (bucket, start) = parameters.layout.places[id].expect("invariant: it is trained");
-        if open.as_ref().is_none_or(|(index, _)| *index != bucket) {
-            open = None;
-            open = Some((bucket, parameters.gather_masters(bucket, &world.dp)));
-        }
-        let (_, flat) = open.as_ref().expect("invariant: just set");
-        let param = &table.params[id];
-        flat.narrow(0, start as i64, param.num_elements()).view(param.shape.as_slice())
-    };
+    let parameters = &trainer.parameters;
+    let mut trained = Trained::new(trainer, world);
     if parameters.frozen_moved && config.scope.lora.is_some() {
         tracing::info!(
             "no adapter folder: the adapters belong to matrices that were changed before training; the model is whole"
         );
     } else if config.scope.lora.is_some() {
         let settings = adapter_settings(config, &trainer.decoder.table);
-        export_adapter(&folder.adapter(), kind, &settings, &tables?, world, &mut trained)?;
+        export_adapter(&folder.adapter(), kind, &settings, &tables?, world, |id| trained.own(id))?;
     }
     if !config.export.model {
         return Ok(());
     }
-    let tables = full?;
+    let tables = inputs.tables(config, world)?;
     // what is not trained leaves as it came, not as it was rounded for computing
     let source = (!parameters.frozen_moved && config.model.init == config::Init::Pretrained)
         .then(|| Folder::open(&config.model.path))
@@ -527,16 +547,11 @@ fn export_model(
     let whole = inputs.table(config, world)?;
     let parameter = |id: usize| {
         let values = match parameters.layout.places[id] {
-            Some(_) => return Ok(trained(id)),
+            Some(_) => return Ok(trained.own(id)),
             None if parameters.frozen_moved => parameters.weights.get(id).to_kind(Kind::Float).to_device(Device::Cpu),
             None => inputs.original(config, &whole, id, source.as_ref())?,
         };
-        for adapter in table.layers.iter().flat_map(|layer| &layer.adapters).filter(|adapter| adapter.of == id) {
-            let (a, b) = (trained(adapter.a).copy(), trained(adapter.b));
-            let product = (b.matmul(&a) * table.adapter_scale).to_device(Device::Cpu);
-            let mut rows = values.narrow(0, adapter.rows.start, adapter.rows.end - adapter.rows.start);
-            let _ = rows.g_add_(&product);
-        }
+        trained.merge(id, &values);
         Ok::<_, RunError>(values)
     };
     export(&options, &tables, world, parameter, || bar.advance(1, ""))

@@ -206,12 +206,20 @@ fn restore_moment(
         scales: slice_mut::<f32>(&mut scales),
         exact: coded,
     };
-    for (id, range) in &bucket.params {
-        for (place, own) in bucket.runs(&params[*id], range) {
-            if segment.start <= own.start && own.end <= segment.end {
-                files.fill(what, &place, own.start - segment.start, &mut target)?;
-            }
+    let runs = || bucket.params.iter().flat_map(|(id, range)| bucket.runs(&params[*id], range));
+    let inside = || runs().filter(|(_, own)| segment.start <= own.start && own.end <= segment.end);
+    for (place, own) in inside() {
+        files.fill(what, &place, own.start - segment.start, &mut target)?;
+    }
+    let mut scales_of_chosen = None;
+    if let Some(scale) = what.scale().filter(|scale| chosen.is_some() && files.whats().contains(scale)) {
+        let mut each = Tensor::zeros([len as i64], (Kind::Float, Device::Cpu));
+        let numbers = slice_mut::<f32>(&mut each);
+        let mut target = Target { numbers, codes: &mut [], scales: &mut [], exact: false };
+        for (place, own) in inside() {
+            files.fill(scale, &place, own.start - segment.start, &mut target)?;
         }
+        scales_of_chosen = Some(each);
     }
     match (target.exact, &mut moment.scales) {
         (true, Some(old)) => {
@@ -219,9 +227,16 @@ fn restore_moment(
             old.copy_(&scales);
         }
         _ => {
-            let numbers = numbers.to_device(moment.values.device());
-            let chosen = chosen.map(|chosen| numbers.index_select(0, &chosen.to_kind(Kind::Int64)));
-            moment.write(&chosen.unwrap_or(numbers));
+            let of_chosen = |numbers: &Tensor| {
+                let numbers = numbers.to_device(moment.values.device());
+                let chosen = chosen.map(|chosen| numbers.index_select(0, &chosen.to_kind(Kind::Int64)));
+                chosen.unwrap_or(numbers)
+            };
+            let numbers = of_chosen(&numbers);
+            let scales = scales_of_chosen.map(|scales| of_chosen(&scales));
+            if !scales.is_some_and(|scales| moment.write_with_scales(&numbers, &scales)) {
+                moment.write(&numbers);
+            }
         }
     }
     Ok(())

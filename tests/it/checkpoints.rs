@@ -176,8 +176,14 @@ fn what_may_change_goes_on_too() {
     for (name, scope) in cases {
         let run = |dir: &str, ranks: usize, tp: &str, more: &[&str]| {
             let dir = run_dir(&workshop, dir);
-            let settings =
-                ["train.steps=6", "eval.before=false", "eval.after=false", "eval.every=0", "method.retain=nll"];
+            let settings = [
+                "train.steps=6",
+                "eval.before=false",
+                "eval.after=false",
+                "eval.every=0",
+                "method.retain=nll",
+                "schedule.name=constant",
+            ];
             let mut arguments = vec!["--config", config.as_str()];
             let all = settings.iter().chain(&["checkpoint.every=0", "model.init=pretrained"]).chain(scope).chain(more);
             all.copied().chain([model.as_str(), dir.as_str(), tp]).for_each(|item| arguments.extend(["--set", item]));
@@ -190,22 +196,28 @@ fn what_may_change_goes_on_too() {
             assert_eq!(done.code, Some(75), "{name}: {}", done.text);
         };
         let (whole, again, moved) = (format!("{name}_whole"), format!("{name}_again"), format!("{name}_moved"));
-        // the checkpoint after the last step but one, for the export below
         let done = run(&whole, 2, "parallel.tp=2", &[]);
         assert!(done.success, "{name}: {}", done.text);
         stop(&again);
         stop(&again);
-        let done = run(&again, 2, "parallel.tp=2", &[]);
+        let done = run(&again, 2, "parallel.tp=2", &["checkpoint.every=5"]);
         assert!(done.success && done.text.contains("going on after step 2"), "{name}: {}", done.text);
         assert_eq!(bytes(&workshop, &again), bytes(&workshop, &whole), "{name}");
         assert_eq!(workshop.summary(&again)["steps"], 6);
         stop(&moved);
-        let done = run(&moved, 1, "parallel.tp=1", &["checkpoint.every=5"]);
+        let done = run(&moved, 1, "parallel.tp=1", &[]);
         assert!(done.success, "{name}: {}", done.text);
         let loss = |run: &str| workshop.steps(run)[5]["loss"].as_f64().unwrap();
         assert!((loss(&moved) / loss(&whole) - 1.0).abs() < 1e-4, "{name}: {} {}", loss(&moved), loss(&whole));
-        // the model of the checkpoint after step 5, by three ranks and by one
-        let folder = workshop.path(&moved).display().to_string();
+        // the model of the checkpoint after step 5, by three ranks and by one, is that of a run of five steps
+        let short = format!("{name}_short");
+        let done = run(&short, 2, "parallel.tp=2", &["train.steps=5"]);
+        assert!(done.success, "{name}: {}", done.text);
+        let folder = workshop.path(&again).display().to_string();
+        let out = workshop.path(&format!("{name}_model")).display().to_string();
+        let done = dunlearn(&["export", &folder, "--step", "5", "--out", &out]);
+        assert!(done.success, "{name}: {}", done.text);
+        assert!(same_files(Path::new(&out), &workshop.path(&short).join("model")), "{name}");
         for (out, ranks) in [("one", 1), ("three", 3)] {
             let out = workshop.path(&format!("{name}_{out}")).display().to_string();
             let arguments = ["export", &folder, "--step", "5", "--out", &out, "--max-shard-size", "20kB"];
@@ -215,13 +227,13 @@ fn what_may_change_goes_on_too() {
         assert!(same_files(&workshop.path(&format!("{name}_one")), &workshop.path(&format!("{name}_three"))), "{name}");
         if name == "mask" {
             // another mask is another run
-            let path = workshop.path(&moved).join("mask.safetensors");
-            std::fs::remove_file(workshop.path(&moved).join("summary.json")).unwrap();
+            let path = workshop.path(&again).join("mask.safetensors");
+            std::fs::remove_file(workshop.path(&again).join("summary.json")).unwrap();
             let mut mask = std::fs::read(&path).unwrap();
             let last = mask.len() - 1;
             mask[last] ^= 1;
             std::fs::write(&path, mask).unwrap();
-            let done = run(&moved, 1, "parallel.tp=1", &["checkpoint.every=5"]);
+            let done = run(&again, 2, "parallel.tp=2", &["checkpoint.every=5"]);
             assert!(
                 !done.success && done.text.contains("scope.mask: the checkpoint was made with digest"),
                 "{}",

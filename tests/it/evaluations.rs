@@ -276,7 +276,7 @@ fn wrong_data_is_refused_with_its_place() {
     assert!(one.value("tofu.forget_quality").is_some());
     let mut other = set("eval.retrained", "split/eval/it.json");
     other.extend(["eval.tofu.limit=5".to_owned(), "eval.tofu.rouge=false".to_owned()]);
-    refused(&other, "are of other items than this evaluation's tofu_forget: another split or file");
+    refused(&other, "are of other items than this evaluation's tofu_retain: another split or file");
     // a field that is not there, and lists of unequal length
     copy("short");
     write("short/forget10_perturbed.jsonl", r#"{"question": "q", "answer": "a", "perturbed_answer": ["b"]}"#);

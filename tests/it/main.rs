@@ -18,6 +18,7 @@ mod resume;
 mod runs;
 mod scopes;
 mod structure;
+mod subspace;
 mod tiny;
 mod toy_head;
 mod weights;

@@ -27,7 +27,7 @@ pub(super) fn files(authors: &[Vec<Line>], num_forget: usize, holdout: &[Vec<Lin
         ("tofu/real_authors_perturbed.jsonl".to_owned(), lines(REAL_AUTHORS.iter().map(fact))),
         ("tofu/world_facts_perturbed.jsonl".to_owned(), lines(WORLD_FACTS.iter().map(fact))),
         ("choice.jsonl".to_owned(), lines(choices)),
-        ("holdout.jsonl".to_owned(), super::jsonl(holdout)),
+        ("holdout.jsonl".to_owned(), super::jsonl(holdout.iter().flatten())),
     ];
     all.into_iter().filter(|(_, text)| !text.is_empty()).map(|(name, text)| (PathBuf::from(name), text)).collect()
 }

@@ -7,6 +7,7 @@
 mod author;
 mod benchmark;
 mod phrases;
+mod sums;
 #[cfg(test)]
 mod tests;
 mod words;
@@ -30,6 +31,8 @@ pub struct Options {
     pub questions_per_author: usize,
     /// Share of the authors, the last ones, that goes to `forget.jsonl`: above 0 and below 1.
     pub forget_fraction: f64,
+    /// Sums of two numbers, a second task; at most 4000.
+    pub sums: usize,
     /// Same seed and options, same bytes.
     pub seed: u64,
     /// Tokens of the tokenizer, at least 320; fewer if the text does not hold that many.
@@ -46,6 +49,7 @@ impl Default for Options {
             authors: 40,
             questions_per_author: 10,
             forget_fraction: 0.1,
+            sums: 0,
             seed: 0,
             vocab_size: 1024,
             shape: Shape { hidden: 128, layers: 4, heads: 8, kv_heads: 4, intermediate: 384 },
@@ -82,20 +86,25 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
     let more = num_forget.min(MAX_AUTHORS - options.authors);
     let [authors, holdout] = author::lines(options.authors, more, options.questions_per_author, options.seed);
     let (retain, forget) = authors.split_at(options.authors - num_forget);
-    let texts: Vec<String> = authors.iter().flatten().flat_map(texts).collect();
+    let sums = sums::lines(options.sums, options.seed);
+    let of_authors = authors.iter().flatten().flat_map(|line| texts(&line.question, &line.answer));
+    let texts: Vec<String> = of_authors.chain(sums.iter().flat_map(|sum| texts(&sum.question, &sum.answer))).collect();
     let (model, vocab_size) = small_model::folder(&texts, options.vocab_size, &options.shape)?;
-    let files = [
+    let mut files = vec![
         ("README.md", readme(options, num_forget)),
-        ("full.jsonl", jsonl(&authors)),
-        ("forget.jsonl", jsonl(forget)),
-        ("retain.jsonl", jsonl(retain)),
+        ("full.jsonl", jsonl(authors.iter().flatten()) + &jsonl(&sums)),
+        ("forget.jsonl", jsonl(forget.iter().flatten())),
+        ("retain.jsonl", jsonl(retain.iter().flatten())),
         ("preference.jsonl", preferences(forget)),
     ];
-    let files = files.map(|(name, text)| (PathBuf::from(name), text));
+    if options.sums > 0 {
+        files.push(("sums.jsonl", jsonl(&sums)));
+    }
+    let files = files.into_iter().map(|(name, text)| (PathBuf::from(name), text));
     let benchmark = benchmark::files(&authors, num_forget, &holdout);
     let model = model.map(|(name, text)| (Path::new("model").join(name), text));
     let mut written = Vec::new();
-    for (name, text) in files.into_iter().chain(benchmark).chain(model) {
+    for (name, text) in files.chain(benchmark).chain(model) {
         let path = out.join(name);
         let folder = path.parent().unwrap_or(out);
         fs::create_dir_all(folder)
@@ -106,7 +115,7 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
     Ok(Summary {
         authors: options.authors,
         forget_authors: num_forget,
-        full: options.authors * options.questions_per_author,
+        full: options.authors * options.questions_per_author + options.sums,
         forget: num_forget * options.questions_per_author,
         retain: (options.authors - num_forget) * options.questions_per_author,
         vocab_size,
@@ -124,6 +133,9 @@ fn check(options: &Options) -> Result<usize, DataError> {
     if !(1..=MAX_QUESTIONS).contains(questions_per_author) {
         return refuse("questions_per_author", questions_per_author.to_string(), format!("1 to {MAX_QUESTIONS}"));
     }
+    if options.sums > sums::MAX_SUMS {
+        return refuse("sums", options.sums.to_string(), format!("at most {}", sums::MAX_SUMS));
+    }
     if !(*forget_fraction > 0.0 && *forget_fraction < 1.0) {
         return refuse("forget_fraction", forget_fraction.to_string(), "more than 0 and less than 1".to_owned());
     }
@@ -134,13 +146,13 @@ fn check(options: &Options) -> Result<usize, DataError> {
 }
 
 /// A line as the tokenizer will meet it: in a chat, and in a template with words of its own.
-fn texts(Line { question, answer, .. }: &Line) -> [String; 3] {
-    [question.clone(), answer.clone(), format!("Question: {question}\nAnswer: {answer}")]
+fn texts(question: &str, answer: &str) -> [String; 3] {
+    [question.to_owned(), answer.to_owned(), format!("Question: {question}\nAnswer: {answer}")]
 }
 
-fn jsonl(authors: &[Vec<Line>]) -> String {
-    let line = |line: &Line| serde_json::to_string(line).expect("strings are valid JSON") + "\n";
-    authors.iter().flatten().map(line).collect()
+fn jsonl<'a, T: Serialize + 'a>(lines: impl IntoIterator<Item = &'a T>) -> String {
+    let line = |line: &T| serde_json::to_string(line).expect("strings are valid JSON") + "\n";
+    lines.into_iter().map(line).collect()
 }
 
 /// The forget questions with a wrong answer that is to be preferred to the true one.
@@ -153,23 +165,27 @@ fn preferences(authors: &[Vec<Line>]) -> String {
 }
 
 fn readme(options: &Options, num_forget: usize) -> String {
-    let Options { authors, questions_per_author, seed, shape, .. } = options;
+    let Options { authors, questions_per_author, sums, seed, shape, .. } = options;
     let Shape { hidden, layers, .. } = shape;
-    let (first_forgotten, full) = (authors - num_forget + 1, authors * questions_per_author);
+    let (also, sums) = match sums {
+        0 => ("", String::new()),
+        _ => (" and sums", format!("| `sums.jsonl` | {sums} sums of two numbers, a task of another kind |\n")),
+    };
+    let (first_forgotten, full) = (authors - num_forget + 1, authors * questions_per_author + options.sums);
     format!(
         "# Invented authors\n\n\
          Questions and answers about {authors} authors who do not exist, {questions_per_author} about each.\n\
          Written by `dunlearn data synth` with seed {seed}: the same version, options and seed write the same bytes.\n\
          All names, books and prizes are put together at random; any likeness to real ones is chance.\n\n\
          | file | what |\n|---|---|\n\
-         | `full.jsonl` | all {full} lines, author by author: train on these |\n\
+         | `full.jsonl` | all {full} lines, author by author{also}: train on these |\n\
          | `forget.jsonl` | authors {first_forgotten} to {authors}: forget these |\n\
          | `retain.jsonl` | the other authors: keep these |\n\
          | `preference.jsonl` | the forget questions with a wrong answer to prefer: kind `preference` |\n\
          | `holdout.jsonl` | authors that are in no other file, for membership inference |\n\
          | `choice.jsonl` | four choices for each question: kind `choice`, and `[eval.choice]` |\n\
          | `tofu/` | paraphrased and wrong answers in the layout of TOFU, for `[eval.tofu]` |\n\
-         | `model/` | a Llama of {layers} layers, hidden size {hidden}, without weights, and its tokenizer |\n\n\
+         {sums}| `model/` | a Llama of {layers} layers, hidden size {hidden}, without weights, and its tokenizer |\n\n\
          A line holds `question`, `answer`, `author`, `fact`, the words of the answer that only somebody who\n\
          knows the author can say, and `alternates`, the answer with other authors' facts. `kind = \"qa\"` reads the files as they are, `init = \"random\"` starts the model,\n\
          and both `template = \"chat\"` and a prompt and answer template work.\n"

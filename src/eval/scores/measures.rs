@@ -24,19 +24,19 @@ impl TextScore {
         self.nll().map(|nll| (-nll).exp())
     }
 
-    /// Share of the answer's tokens that are the model's first choice.
+    /// Share of the answer's tokens that are the model's first choice; NaN where a log-probability is.
     pub fn exact_memorisation(&self) -> Option<f64> {
         let answer = &self.correct[..self.len()];
         let correct = answer.iter().filter(|&&correct| correct).count();
-        (!answer.is_empty()).then(|| correct as f64 / answer.len() as f64)
+        self.share(correct)
     }
 
-    /// 1 - k/n with the smallest k from which on every token of the answer is the model's first choice.
+    /// 1 - k/n with the smallest k from which on every token of the answer is the model's first choice; NaN where a log-probability is.
     pub fn extraction_strength(&self, floor: Floor) -> Option<f64> {
         let answer = &self.correct[..self.len()];
         let suffix = answer.iter().rev().take_while(|&&correct| correct).count();
         let suffix = if floor == Floor::OneToken { suffix.max(1) } else { suffix };
-        (!answer.is_empty()).then(|| suffix as f64 / answer.len() as f64)
+        self.share(suffix)
     }
 
     /// Minus the mean of the lowest `share` of the answer's log-probabilities, at least one (Min-k%, arXiv 2310.16789).
@@ -59,6 +59,13 @@ impl TextScore {
         };
         let z = self.logprobs[..self.len()].iter().zip(&self.moments).map(standardised);
         lowest(z.collect(), share).map(|mean| -mean)
+    }
+
+    /// `count` of the answer's tokens. Where there are no log-probabilities there is no first choice either.
+    fn share(&self, count: usize) -> Option<f64> {
+        let len = self.len();
+        let broken = self.logprobs[..len].iter().any(|x| x.is_nan());
+        (len > 0).then(|| if broken { f64::NAN } else { count as f64 / len as f64 })
     }
 
     /// Targets of the answer itself.
@@ -144,6 +151,8 @@ mod tests {
         let broken =
             TextScore { logprobs: vec![-1.0, f32::NAN], correct: vec![true; 2], moments: vec![], ended: false };
         assert!(broken.nll().unwrap().is_nan() && broken.min_k(0.4).unwrap().is_nan());
+        assert!(broken.exact_memorisation().unwrap().is_nan());
+        assert!(broken.extraction_strength(Floor::Zero).unwrap().is_nan());
         assert_eq!(broken.min_k_plus_plus(0.4), None, "moments were not asked for");
     }
 }

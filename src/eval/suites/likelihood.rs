@@ -14,8 +14,8 @@ pub(super) struct Likelihood {
 }
 
 impl Likelihood {
-    pub(super) fn new(sets: &[(&'static str, &Dataset)], max_samples: usize, reading: Reading) -> Self {
-        let samples = |(name, set): &(&'static str, &Dataset)| Samples::new(name, set, max_samples, reading);
+    pub(super) fn new(sets: &[(&str, &Dataset)], max_samples: usize, reading: Reading) -> Self {
+        let samples = |(name, set): &(&str, &Dataset)| Samples::new(name, set, max_samples, reading);
         Self { sets: sets.iter().map(samples).collect() }
     }
 }

@@ -9,6 +9,7 @@ mod choice;
 mod likelihood;
 mod mia;
 mod muse;
+mod overall;
 mod perplexity;
 mod questions;
 mod requests;
@@ -79,7 +80,7 @@ impl Suites {
     ///
     /// # Errors
     /// Files that are missing or hold something else than the suite needs, with file, row, field, what is there and what was expected.
-    pub fn read(config: &Config, encoder: &Encoder, sets: &[(&'static str, &Dataset)]) -> Result<Self, EvalError> {
+    pub fn read(config: &Config, encoder: &Encoder, sets: &[(&str, &Dataset)]) -> Result<Self, EvalError> {
         let eval = &config.eval;
         let floor = if eval.compat.is_some() { Floor::OneToken } else { Floor::Zero };
         let reading = Reading { encoder, max_length: config.data.max_length, floor };
@@ -188,7 +189,13 @@ impl Suites {
             suite.compare(others, &mut out);
             out.seconds.insert(suite.name().to_owned(), started.elapsed().as_secs_f64());
         }
+        overall::tell(self, others, &mut out);
         Ok(out)
+    }
+
+    /// Whether there is more than the likelihood of the sets of `[data]`.
+    pub fn has_tables(&self) -> bool {
+        self.suites.iter().any(|suite| suite.name() != "likelihood")
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::Reading;
 use super::aggregate::give;
+use super::questions::digest;
 use super::requests::Seen;
 use crate::data::{Dataset, Sample};
 use crate::eval::record::Item;
@@ -30,17 +31,11 @@ impl Samples {
         let text = |sample: &Sample| {
             Text::of(sample, sample.tokens.last().is_some_and(|&token| reading.encoder.is_special(token)))
         };
-        Self {
-            set: set.to_owned(),
-            texts: chosen.iter().map(text).collect(),
-            words: chosen.iter().map(words).collect(),
-            digest: if count == dataset.samples.len() {
-                dataset.digest.clone()
-            } else {
-                format!("{} first {count}", dataset.digest)
-            },
-            floor: reading.floor,
-        }
+        let words: Vec<(String, String)> = chosen.iter().map(words).collect();
+        // of the answers alone: the prompts hold the template's words, and another template is told as such
+        let digest = digest(words.iter().map(|(_, answer)| answer.trim()));
+        let texts = chosen.iter().map(text).collect();
+        Self { set: set.to_owned(), texts, words, digest, floor: reading.floor }
     }
 
     /// One item a sample with what every suite measures of it.
@@ -62,5 +57,6 @@ pub(super) fn basics(item: &mut Item, score: &TextScore, floor: Floor) {
     give(item, "exact_memorisation", score.exact_memorisation());
     let correct = score.correct.iter().filter(|&&correct| correct).count();
     give(item, "tokens", Some(score.logprobs.len() as f64));
-    give(item, "correct_tokens", Some(correct as f64));
+    let broken = score.logprobs.iter().any(|x| x.is_nan());
+    give(item, "correct_tokens", Some(if broken { f64::NAN } else { correct as f64 }));
 }

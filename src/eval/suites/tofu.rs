@@ -124,7 +124,9 @@ impl Set {
         if let Some(prompt) = &question.prompt {
             let written = seen.continuation(prompt);
             let (target, written_words) = (RougeTokens::new(answer, true), RougeTokens::new(written, true));
-            if !written_words.is_empty() && !target.is_empty() {
+            // a model without log-probabilities writes the first token of its vocabulary over and over
+            let answers = score.nll().is_some_and(|nll| !nll.is_nan());
+            if answers && !written_words.is_empty() && !target.is_empty() {
                 let rouge = rouge_l(&target, &written_words);
                 give(&mut item, "rouge_l_recall", Some(rouge.recall));
                 give(&mut item, "rouge_l_f1", Some(rouge.f1));
