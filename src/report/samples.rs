@@ -13,7 +13,9 @@ const SHOWN: usize = 6;
 /// Some items of each set that was to be forgotten or kept.
 pub(super) fn html(runs: &[Run]) -> String {
     let columns = columns(runs);
-    let Some(lead) = columns.iter().find(|column| column.is_result) else { return String::new() };
+    // what is still known is asked of a model that still says something, where there is one
+    let results = || columns.iter().filter(|column| column.is_result);
+    let Some(lead) = results().find(|column| !column.has_collapsed).or(results().next()) else { return String::new() };
     let mut sets: Vec<(&String, &Vec<Item>)> =
         lead.evaluation.items.iter().filter(|(set, _)| set.contains("forget") || set.contains("retain")).collect();
     // the same questions may stand in several sets; those that the model answered in words say most

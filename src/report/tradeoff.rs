@@ -6,15 +6,15 @@ use super::names;
 use super::plot::{Scatter, Trail};
 use super::run::Run;
 use crate::eval::Evaluation;
-use crate::eval::statistics::{TradeoffPoint, UtilityPoint, aues, mu95};
+use crate::eval::tradeoff::Tradeoff;
 
 /// Metrics of both sets, the more telling ones first.
 const METRICS: [&str; 6] =
     ["extraction_strength", "rouge_l_recall", "rouge_l_f1", "probability", "exact_memorisation", "token_accuracy"];
 
-/// What was to be forgotten and what was to be kept: of the run's own data, else of a benchmark.
+/// What was to be forgotten and what was to be kept: of a benchmark, else of the run's own data.
 const SETS: [(&str, &str); 3] =
-    [("forget", "retain"), ("tofu_forget", "tofu_retain"), ("muse_knowmem_forget", "muse_knowmem_retain")];
+    [("tofu_forget", "tofu_retain"), ("forget", "retain"), ("muse_knowmem_forget", "muse_knowmem_retain")];
 
 /// At most three planes.
 pub(super) fn planes(runs: &[Run]) -> Vec<Figure> {
@@ -58,40 +58,21 @@ fn plane(runs: &[Run], x: &str, y: &str, direction: &str) -> Option<Figure> {
         include: if shares { vec![(0.0, 0.0), (1.0, 1.0)] } else { Vec::new() },
     };
     let scores = match x {
-        _ if x.ends_with(".extraction_strength") => told(runs, "AUES", |run| area(run, x, y)),
-        "tofu.log10_forget_quality" => told(runs, "MU95", |run| threshold(run, x, y)),
+        _ if x.ends_with(".extraction_strength") => told(runs, "AUES", |scores| scores.aues),
+        "tofu.log10_forget_quality" => told(runs, "MU95", |scores| scores.mu95),
         _ => String::new(),
     };
     Figure::new(format!("↑ {}", names::words(y)), format!("{direction}; a ring is the start{scores}"), scatter.svg())
 }
 
 /// A score of each run that has one.
-fn told(runs: &[Run], name: &str, score: impl Fn(&Run) -> Option<f64>) -> String {
+fn told(runs: &[Run], name: &str, score: fn(Tradeoff) -> Result<f64, String>) -> String {
     let one = |run: &Run| {
-        let value = number(score(run)?);
+        // those without a step come last
+        let steps = run.evaluations.partition_point(|one| one.step.is_some());
+        let value = number(score(Tradeoff::of(&run.evaluations[..steps])).ok()?);
         Some(if runs.len() == 1 { value } else { format!("{} {value}", escape(&run.name)) })
     };
     let all: Vec<String> = runs.iter().filter_map(one).collect();
     if all.is_empty() { String::new() } else { format!("; {name} {}", all.join(", ")) }
-}
-
-/// Evaluations at steps: fewer than three say nothing of the way between them.
-fn checkpoints<T>(run: &Run, point: impl Fn(&Evaluation) -> Option<T>) -> Option<Vec<T>> {
-    let points: Vec<T> = run.evaluations.iter().filter(|one| one.step.is_some()).filter_map(point).collect();
-    (points.len() > 2).then_some(points)
-}
-
-/// AUES, from the extraction strength of both sets.
-fn area(run: &Run, forget: &str, retain: &str) -> Option<f64> {
-    let point = |one: &Evaluation| Some(TradeoffPoint { forget: 1.0 - one.value(forget)?, retain: one.value(retain)? });
-    Some(aues(&checkpoints(run, point)?).ok()?.value)
-}
-
-/// MU95: log10 of the forget quality where the model utility has fallen to 95% of what it was.
-fn threshold(run: &Run, quality: &str, utility: &str) -> Option<f64> {
-    let point = |one: &Evaluation| {
-        let log10_forget_quality = one.value(quality)?;
-        Some(UtilityPoint { step: one.step?, utility: one.value(utility)?, log10_forget_quality })
-    };
-    Some(mu95(&checkpoints(run, point)?).ok()?.log10_forget_quality)
 }
