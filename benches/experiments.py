@@ -243,18 +243,19 @@ def learn(bench):
     text = TASK.replace("retain = ", 'forget = {{ path = "{data}/retain.jsonl", kind = "qa" }}\nretain = ')
     values = {"model": bench.runs / "without" / "model", "data": data, "task": data / "forget.jsonl", "target": "train"}
     similar = f'[{{ path = "{data}/retain.jsonl", kind = "qa" }}]'
-    learners = [("ADAM", 3e-3, "full", ""), ("ADAM", 3e-3, "rank 8", LOW.format(r=8, alpha=16))]
-    for _, lr, words, scope in learners:
-        for listed, limits in (("[]", ""), (similar, "max_rank = 16"), (similar, "max_rank = 64")):
+    learners = [(1e-3, "full", ""), (3e-3, "rank 8", LOW.format(r=8, alpha=16))]
+    for lr, words, scope in learners:
+        for listed, limits in (("[]", ""), (similar, "max_rank = 32"), (similar, "max_rank = 128")):
             more = f"[subspace]\nsimilar = {listed}\n{limits}\n{scope}"
             summary = bench.run(
-                f"learn_{words.replace(' ', '_')}", text, fresh=True, objective="learn", epochs=5,
+                f"learn_{words.replace(' ', '_')}", text, fresh=True, objective="learn", epochs=15,
                 optimizer=f"weight_decay = 0.0\nlr = {lr}", more=more, **values)
             kind = "without similar tasks" if listed == "[]" else f"less B, {limits.split()[-1]} directions"
             lines.append([f"LEARN, {words}, {kind}", *(number(pair(summary, name)[1]) for name in names)])
+            print(lines[-1], flush=True)
     for r in (8, 32):
         summary = bench.run(
-            f"lora_{r}", text, objective="finetune", epochs=20, optimizer="weight_decay = 0.0\nlr = 3e-3",
+            f"lora_{r}", text, objective="finetune", epochs=30, optimizer="weight_decay = 0.0\nlr = 3e-3",
             more=LOW.format(r=r, alpha=2 * r), **values)
         lines.append([f"LoRA, rank {r}", *(number(pair(summary, name)[1]) for name in names)])
     rows(["", "A known", "B known", "sums known"], lines)

@@ -367,12 +367,8 @@ impl<'a> Identifier<'a> {
         let trainer = &mut self.trainer;
         trainer.decoder.table = table;
         let base = std::mem::replace(&mut trainer.parameters, parameters);
-        let gradients = |trainer: &Trainer| {
-            let options = gradient_options(config, device);
-            let Trainer { decoder, parameters, .. } = trainer;
-            GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, options)
-        };
-        trainer.gradients = gradients(trainer);
+        let (options, layout) = (gradient_options(config, device), &trainer.parameters.layout);
+        trainer.gradients = GradientBuffers::new(&trainer.decoder.table, layout, &world.tp, &world.dp, options);
         if partial {
             // of what is held as one parameter a part is not the task's
             let mask = self.folder.cache(world)?.join("task_mask.safetensors");
