@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 
 use super::arguments::{LogChoice, ProgressChoice, RunOptions};
 use super::launch::Launched;
-use super::run::{prepare, with_ranks};
+use super::run::{context, with_ranks};
 use crate::config;
 use crate::eval::compare::{differences, number, side_by_side};
 use crate::eval::suites::Others;
@@ -65,7 +65,7 @@ pub(super) fn eval(options: &EvalOptions, launched: &Launched, started: Instant)
             if label.as_ref().is_some_and(|label| label.is_empty() || label.contains(['/', '\\'])) {
                 bail!("--label names a file: expected a name without slashes");
             }
-            let context = prepare(ranks, &as_run(options), &config, launched, started)?;
+            let context = context(ranks, &config, &as_run(options), launched, started)?;
             let (evaluation, others) = tch::no_grad(|| run::evaluate(&config, &EvaluateOptions { label }, &context))?;
             if context.world.is_first() {
                 print!("{}", beside(&evaluation, &others));
