@@ -35,8 +35,7 @@ pub fn roc_auc_interval(
     let mut draws = Draws::new(seed, "roc auc");
     percentile_interval(level, resamples, || {
         let mut counts = vec![[0u32; 2]; ranked.counts.len()];
-        for group in 0..2 {
-            let places = &ranked.places[group];
+        for (group, places) in ranked.places.iter().enumerate() {
             for _ in 0..places.len() {
                 counts[places[draws.below(places.len())]][group] += 1;
             }
