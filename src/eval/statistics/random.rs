@@ -17,7 +17,7 @@ impl Draws {
 
     /// One of `0..n`; the bias of the product method is below 2^-32 for any sample that fits in memory.
     pub(super) fn below(&mut self, n: usize) -> usize {
-        (u128::from(self.0.next_u64()) * n as u128 >> 64) as usize
+        ((u128::from(self.0.next_u64()) * n as u128) >> 64) as usize
     }
 
     pub(super) fn bits(&mut self) -> u64 {
