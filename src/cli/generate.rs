@@ -156,6 +156,8 @@ fn generate_on(ranks: &Ranks, options: &GenerateArguments, launched: &Launched) 
         let (mesh, millions) = (world.mesh, decoder.arch.num_parameters() as f64 / 1e6);
         let kind = if kind == Kind::Float { "f32" } else { "bf16" };
         let ranks = format!("ranks: {} (tp {} x dp {})", mesh.world(), mesh.tp, mesh.dp);
+        // why it is no GPU interests only those who have one
+        let about = about.split(':').next().filter(|_| device == tch::Device::Cpu).unwrap_or(&about);
         eprintln!(
             "{}: {} with {millions:.1} M parameters in {kind}; {about}; {ranks}",
             folder.display(),

@@ -384,7 +384,7 @@ fn before(config: &Config) -> Result<(), ConfigError> {
 fn eval(config: &Config) -> Result<(), ConfigError> {
     let eval = &config.eval;
     let given = |suite: &SuiteName| Eval { suites: None, ..eval.clone() }.runs(*suite);
-    for suite in eval.suites.iter().flatten().filter(|suite| !given(suite)) {
+    if let Some(suite) = eval.suites.iter().flatten().find(|suite| !given(suite)) {
         let reason = format!("lists {:?}, which has no table; write [eval.{0}] or remove it", suite.name());
         return Err(ConfigError::value("eval.suites", reason));
     }

@@ -318,7 +318,7 @@ mod tests {
         let written = evaluation();
         let path = written.write(folder.path()).unwrap();
         assert_eq!(path, folder.path().join("eval/step_000012.json"));
-        assert_eq!(Evaluation::files(folder.path()), [path.clone()]);
+        assert_eq!(Evaluation::files(folder.path()), std::slice::from_ref(&path));
         let read = Evaluation::read(&path).unwrap();
         let named = read.metrics["forget.probability"].items.as_deref().unwrap();
         assert_eq!(read_items(&folder.path().join("eval").join(named)).unwrap(), written.items["forget"]);
