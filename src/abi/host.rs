@@ -24,6 +24,14 @@ pub fn peak_resident_bytes() -> u64 {
     }
 }
 
+/// Resident set of this process now, in bytes; 0 where the system does not say.
+pub fn resident_bytes() -> u64 {
+    let Ok(text) = std::fs::read_to_string("/proc/self/statm") else { return 0 };
+    let pages = text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0);
+    // SAFETY: asks for a number.
+    pages * u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
 /// Asks the system to drop a file's clean pages from its cache; it may not.
 pub fn drop_from_cache(file: &std::fs::File) {
     use std::os::fd::AsRawFd;

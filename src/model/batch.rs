@@ -29,7 +29,7 @@ impl Batch {
     /// `lengths`: of the sequences, adding up to the number of `ids`; `multiple`: the number of tokens becomes one of it.
     pub fn new(ids: &[i64], lengths: &[usize], multiple: usize, rope: &Rope, device: Device) -> Self {
         assert_eq!(ids.len(), lengths.iter().sum::<usize>(), "invariant: the sequences cover all tokens");
-        let total = recurring_size(ids.len()).next_multiple_of(multiple);
+        let total = Self::padded(ids.len(), multiple);
         let mut positions = Vec::with_capacity(total);
         let mut sequences = Vec::with_capacity(lengths.len());
         for &len in lengths {
@@ -45,6 +45,11 @@ impl Batch {
             upload(&std::iter::once(0).chain(ends).collect::<Vec<i32>>(), device)
         });
         Self { ids: upload(&padded, device), sequences, bounds, filled: ids.len() as i64, cos, sin }
+    }
+
+    /// Tokens of a batch of `filled`, those that belong to nobody included.
+    pub fn padded(filled: usize, multiple: usize) -> usize {
+        recurring_size(filled).next_multiple_of(multiple)
     }
 
     /// What attention needs to know.

@@ -20,6 +20,7 @@ pub mod sharding;
 mod weights;
 
 pub use architecture::Architecture;
+pub use attention_core::cut_on_host;
 pub use batch::Batch;
 pub use decoder::{Decoder, Keep, Tape};
 pub use head::distribution::{Distribution, OfDistribution};

@@ -7,6 +7,7 @@ use thiserror::Error;
 use crate::checkpoint::CheckpointError;
 use crate::data::DataError;
 use crate::model::ModelError;
+use crate::plan::PlanError;
 use crate::scope::ScopeError;
 use crate::train::NonFinite;
 
@@ -21,6 +22,8 @@ pub enum RunError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Scope(#[from] ScopeError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     #[error(transparent)]
     NonFinite(#[from] NonFinite),
     #[error("{0}")]

@@ -64,25 +64,8 @@ impl Inputs {
             }
         }
         scope::narrow(&mut table, config)?;
-        let data = &config.data;
-        // texts need no template
-        let template = data.template.as_ref().unwrap_or(&Template::Named(TemplateName::Chat));
-        let encoder = Encoder::from_folder(&config.model.path, template, data.system.as_deref())?;
-        let seed = config.run.seed;
-        let refusals =
-            data.refusals.as_ref().map_or_else(|| Ok(Refusals::own(seed)), |path| Refusals::read(path, seed))?;
-        let (wanted, retain_wanted) = unlearn::wanted(&config.method);
-        let load = |name: &str, source, wanted| {
-            Dataset::load_pairs(name, source, &encoder, data.max_length, wanted, &refusals)
-        };
-        let finetune = config.method.objective == Objective::Finetune;
-        let (key, anchors_name, source) =
-            if finetune { ("data.train", "train", &data.train) } else { ("data.forget", "forget", &data.forget) };
-        let source = source.as_ref().expect("invariant: the configuration was validated");
-        let anchors = load(key, source, wanted)?;
-        let retain = data.retain.as_ref().map(|source| load("data.retain", source, retain_wanted)).transpose()?;
-        let watched = data.forget.as_ref().filter(|_| finetune);
-        let watched = watched.map(|source| load("data.forget", source, Wanted::Nothing)).transpose()?;
+        let (anchors, retain, watched) = sets(config)?;
+        let anchors_name = if config.method.objective == Objective::Finetune { "train" } else { "forget" };
         let stored_kind = weights.as_ref().map_or(Kind::Float, Folder::kind);
         let mut inputs =
             Self { arch, anchors, retain, watched, weights, stored_kind, anchors_name, warnings: Vec::new() };
@@ -271,12 +254,30 @@ impl Inputs {
     }
 }
 
+/// The samples of a run: those to forget or to train on, those to retain, and those that are only evaluated. Needs no weights.
+pub fn sets(config: &Config) -> Result<(Dataset, Option<Dataset>, Option<Dataset>), RunError> {
+    let data = &config.data;
+    // texts need no template
+    let template = data.template.as_ref().unwrap_or(&Template::Named(TemplateName::Chat));
+    let encoder = Encoder::from_folder(&config.model.path, template, data.system.as_deref())?;
+    let seed = config.run.seed;
+    let refusals = data.refusals.as_ref().map_or_else(|| Ok(Refusals::own(seed)), |path| Refusals::read(path, seed))?;
+    let (wanted, retain_wanted) = unlearn::wanted(&config.method);
+    let load =
+        |name: &str, source, wanted| Dataset::load_pairs(name, source, &encoder, data.max_length, wanted, &refusals);
+    let finetune = config.method.objective == Objective::Finetune;
+    let (key, source) = if finetune { ("data.train", &data.train) } else { ("data.forget", &data.forget) };
+    let source = source.as_ref().expect("invariant: the configuration was validated");
+    let anchors = load(key, source, wanted)?;
+    let retain = data.retain.as_ref().map(|source| load("data.retain", source, retain_wanted)).transpose()?;
+    let watched = data.forget.as_ref().filter(|_| finetune);
+    let watched = watched.map(|source| load("data.forget", source, Wanted::Nothing)).transpose()?;
+    Ok((anchors, retain, watched))
+}
+
 /// How this rank's share of what is trained is cut.
 pub fn layout_of(table: &Table, config: &Config, world: &World) -> Layout {
-    let mesh = world.mesh;
-    let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
-    let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
-    Layout::new(table, bucket.max(1), owners, owner)
+    Layout::of(table, &config.parallel, world.mesh)
 }
 
 fn tell(world: &World, warning: &str) {

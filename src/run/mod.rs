@@ -6,6 +6,7 @@ mod files;
 mod inputs;
 mod journal;
 mod memory;
+mod planned;
 mod process;
 mod reference;
 mod resume;
@@ -14,7 +15,7 @@ mod summary;
 
 pub use error::RunError;
 pub use fault::{Fault, Phase};
-pub use inputs::{Inputs, Loaded};
+pub use inputs::{Inputs, Loaded, sets};
 pub use memory::{Memory, MemoryWords};
 pub use summary::{Evaluations, Summary};
 
@@ -27,7 +28,7 @@ use tch::{Device, Kind};
 use crate::abi::signals;
 use crate::checkpoint::{ExportOptions, Folder, Store, export, export_adapter};
 use crate::config::{self, Config};
-use crate::data::{Dataset, Order, RowsOf, Stream};
+use crate::data::{Dataset, RowsOf, Stream};
 use crate::dist::World;
 use crate::eval::{self, ForwardOptions, LikelihoodScores};
 use crate::model::Keep;
@@ -36,12 +37,12 @@ use crate::scope;
 use crate::telemetry::{Console, LogFile};
 use crate::train;
 use crate::train::{
-    Batches, Cuts, GradientBuffers, GradientOptions, Method, Optimizer, Reference, ReferenceNeeds, Retain, Schedule,
-    Trainer, TrainerOptions,
+    Batches, GradientBuffers, GradientOptions, Optimizer, Reference, ReferenceNeeds, Schedule, Trainer, TrainerOptions,
 };
 use crate::unlearn;
 use files::RunFolder;
 use journal::{Journal, comm_seconds};
+use planned::Planned;
 use reference::{Identity, Kept, ReferenceCache, ReferenceOptions};
 use resume::Start;
 use saving::{Next, Saver};
@@ -96,12 +97,13 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let frozen = frozen.map(|(_, param)| param.num_elements() as usize).sum();
     let expected = Memory::expected(config, &layout, frozen);
     expected.prepare(&context.memory_words, config, context.device);
+    let base = planned::base(config, &context);
     let Loaded { decoder, parameters, identity, names } = inputs.load(config, world, context.device, console)?;
     let steps = total_steps(config, &inputs);
 
     let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
     let method = unlearn::method(&config.method, config.run.seed, per_epoch);
-    let batches = batches(config, &inputs, &method);
+    let batches = Batches::of(config, &method, &inputs.anchors, inputs.retain.as_ref());
     one_micro_batch_a_step(config, &batches, steps, world)?;
     let forward =
         ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
@@ -189,13 +191,20 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     // a GPU works while the host prepares the next step: its numbers are read one step late, unless the next step needs them
     let late = usize::from(context.device != Device::Cpu && trainer.method.dual.is_none());
     let mut open = VecDeque::new();
+    let mut planned = Some(Planned::new(config, &inputs, &context, base, first)?);
     journal.progress.advance(first as u64, "");
     for step in first..steps {
         if step == first + 1 {
             strike(Phase::Step)?;
         }
         let work = batches.step(step, world.mesh);
+        if let Some(planned) = &planned {
+            planned.watch(&context);
+        }
         let launched = trainer.launch(step, &work, known, world);
+        if let Some(planned) = &planned {
+            planned.unwatch(&context);
+        }
         open.push_back((step, work, launched));
         let evaluated = config.eval.every > 0 && (step + 1) % config.eval.every == 0 && step + 1 < steps;
         let last = step + 1 == steps;
@@ -205,6 +214,11 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
             let (step, work, launched) = open.pop_front().expect("invariant: there is one more");
             let report = trainer.read(launched, &work, known, world)?;
             journal.tell(step, &work, &report, &trainer, &context)?;
+            if let Some(planned) = planned.take() {
+                let found = planned.compare(report.seconds, &context);
+                journal.metrics.write(&json!({ "step": step + 1, "plan": found }))?;
+                journal.between_steps(world);
+            }
         }
         if evaluated {
             let scores = evaluate(config, &inputs, &trainer, forward, world, console);
@@ -366,26 +380,6 @@ fn one_micro_batch_a_step(config: &Config, batches: &Batches, steps: usize, worl
 fn total_steps(config: &Config, inputs: &Inputs) -> usize {
     let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
     config.train.steps.unwrap_or_else(|| config.train.epochs.unwrap_or(0) * per_epoch)
-}
-
-/// The order of the samples and how they are cut.
-fn batches<'a>(config: &Config, inputs: &'a Inputs, method: &Method) -> Batches<'a> {
-    let partners = match config.method.retain {
-        config::Retain::None => None,
-        _ => inputs.retain.as_ref(),
-    };
-    let (anchors, partner_count) = (inputs.anchors.samples.len(), partners.map_or(0, |set| set.samples.len()));
-    let (seed, shuffle) = (config.run.seed, config.data.shuffle);
-    Batches {
-        order: Order::new(seed, shuffle, anchors, partner_count, config.train.global_batch),
-        anchors: &inputs.anchors,
-        retain: partners,
-        cuts: Cuts::of(
-            method,
-            matches!(method.retain, Retain::Divergence) && config.method.compat == Some(config::Compat::OpenUnlearning),
-        ),
-        budget: config.train.micro_batch_tokens,
-    }
 }
 
 /// What the method needs to know of the model before training.

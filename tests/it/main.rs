@@ -9,6 +9,7 @@ mod golden_step;
 mod layouts;
 mod methods;
 mod planned;
+mod planning;
 mod program;
 mod recipes;
 mod resume;

@@ -155,6 +155,7 @@ fn the_readme_is_true() {
         "docs/weights.md",
         "docs/checkpoints.md",
         "docs/performance.md",
+        "docs/plan.md",
         "docs/gpu.md",
     ] {
         let base = root().join(page);

@@ -12,6 +12,7 @@ mod varlen;
 use tch::{Device, Tensor};
 
 use crate::abi::torch_cuda::FlashState;
+use crate::kernels::attention::Group;
 
 /// Heads of this rank and the keys that a query sees.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +45,17 @@ enum Kept {
     Explicit,
 }
 
+impl Normalisers {
+    /// Bytes on the device that computed them.
+    pub fn bytes(&self) -> usize {
+        match &self.0 {
+            Kept::Host(log_sums) => log_sums.iter().map(super::decoder::bytes).sum(),
+            Kept::Varlen(state) => state.bytes(),
+            Kept::Explicit => 0,
+        }
+    }
+}
+
 /// q, k and v: each `[tokens, row]` with its heads from element `first` of a row on. They may be the same tensor.
 pub struct Projections<'a> {
     pub q: (&'a Tensor, i64),
@@ -58,6 +70,12 @@ pub struct Sequences<'a> {
     pub spans: &'a [(i64, i64)],
     /// On a GPU the same for its kernels: first tokens and the end of the last, `[sequences + 1]` i32.
     pub bounds: Option<&'a Tensor>,
+}
+
+/// How a CPU cuts sequences: groups for packed attention, and those that are too long for it.
+pub fn cut_on_host(sequences: &[(i64, i64)]) -> (Vec<Group>, Vec<(i64, i64)>) {
+    let (short, long) = host::by_length(sequences);
+    (Group::cut(&short), long)
 }
 
 /// Attention of one batch: `[tokens, q_heads * head_dim]`.
