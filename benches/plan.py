@@ -5,7 +5,8 @@
 
 Each configuration is a real run of some steps, each rank a process. Memory: the largest resident set of rank 0 against the planned peak
 with what the process took before the model, and the same without that base. Wire: bytes that rank 0 handed to its transport in the
-first step. Time: the median step against a plan that has timed this machine's products just before and just after.
+first step. Time: one thread a rank; the median over the steps of the seconds for which rank 0 had a core, against a plan that has timed this
+machine's products in the same way just before and just after: neighbours slow both down less than they slow down a wall clock.
 """
 
 import argparse
@@ -92,16 +93,16 @@ def measure(binary, folder, case, options):
     (folder / "config.toml").write_text(text)
     sets = [word for setting in settings for word in ("--set", setting)]
     plan = [binary, "plan", "--config", folder / "config.toml", "--gpu", "measured", "--json", *sets]
-    threads = max(1, len(os.sched_getaffinity(0)) // (tp * dp))
-    timed = lambda: json.loads(call(plan, env=os.environ | {"OMP_NUM_THREADS": str(threads)}))["step"]["seconds"]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    timed = lambda: json.loads(call(plan, env=alone))["step"]["seconds"]
     before = timed()
     run = [binary, "--config", folder / "config.toml", "--overwrite", "--progress", "none", *sets]
     if tp * dp > 1:
         run = [ROOT / "launch/mpirun", "-n", str(tp * dp), *run]
-    call(run)
+    call(run, env=alone)
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     found = next(line["plan"] for line in lines if "plan" in line)
-    steps = [line["step_s"] for line in lines if "step_s" in line]
+    steps = [line["cpu_s"] for line in lines if "cpu_s" in line]
     found["step_s"] = statistics.median(steps[1:])
     found["planned_step_s"] = statistics.mean([before, timed()])
     found["case"] = f"{family}, tp {tp} x dp {dp}" + "".join(f", `{setting}`" for setting in settings)
@@ -115,7 +116,7 @@ def off(found, planned):
 
 def table(results):
     mib = lambda n: f"{n / 2**20:.1f}"
-    lines = ["| configuration | peak MiB | planned | off | without base | sent MiB a step | planned | s/step | planned | off |", "|---|" + "---|" * 9]
+    lines = ["| configuration | peak MiB | planned | off | without base | sent MiB a step | planned | CPU s/step | planned | off |", "|---|" + "---|" * 9]
     for r in results:
         peak, planned, base = r["peak_bytes"], r["planned_peak_bytes"], r["base_bytes"]
         lines.append(

@@ -32,6 +32,16 @@ pub fn resident_bytes() -> u64 {
     pages * u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }
 
+/// Time that this process has had cores for, all threads together. Unit: seconds.
+pub fn cpu_seconds() -> f64 {
+    // SAFETY: the clock is plain old data and is filled by the call.
+    unsafe {
+        let mut time: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time);
+        time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+    }
+}
+
 /// Asks the system to drop a file's clean pages from its cache; it may not.
 pub fn drop_from_cache(file: &std::fs::File) {
     use std::os::fd::AsRawFd;

@@ -71,7 +71,7 @@ fn planned(options: &PlanOptions) -> anyhow::Result<()> {
     let (anchors, retain) = sets(options, &config, &arch, &mut assumptions)?;
     let mesh = mesh(options, &config)?;
     let host = options.gpu == "measured";
-    let machine = machine(options, mesh)?;
+    let machine = machine(options, mesh, config.train.precision)?;
     if options.gpu_file {
         print!("{}", toml::to_string(&machine)?);
         return Ok(());
@@ -213,10 +213,10 @@ fn mesh(options: &PlanOptions, config: &Config) -> anyhow::Result<Mesh> {
     Ok(Mesh::new(0, world, tp, dp)?)
 }
 
-fn machine(options: &PlanOptions, mesh: Mesh) -> anyhow::Result<Machine> {
+fn machine(options: &PlanOptions, mesh: Mesh, precision: config::Precision) -> anyhow::Result<Machine> {
     if options.gpu == "measured" {
         let memory = host_memory() / mesh.world() as f64;
-        return Ok(Machine::host(memory, plan::base(config::Precision::Bf16), None));
+        return Ok(Machine::host(memory, plan::base(precision), None));
     }
     let mut machine = match Machine::sheet(&options.gpu) {
         Some(machine) => machine,

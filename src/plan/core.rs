@@ -28,7 +28,7 @@ pub fn forward(rank: &Rank, s: &Shape, layer: usize, heads: Heads, t: &mut Tally
         t.brief(Part::Workspace, packed.scores);
         t.brief(Part::Workspace, packed.log_sums);
         t.free_all([held, sums]);
-        packed.products(2, heads, t);
+        packed.forward(heads, t);
         t.pass(Pass::Exponentials, packed.exponentials());
         t.pass(Pass::Chain, 4 * packed.q + 4 * packed.kv);
     }
@@ -65,7 +65,7 @@ pub fn backward(rank: &Rank, s: &Shape, layer: usize, heads: Heads, t: &mut Tall
         let held = t.hold(Part::Workspace, 3 * packed.q + 4 * packed.kv);
         t.brief(Part::Workspace, 2 * packed.scores);
         t.free(held);
-        packed.products(5, heads, t);
+        packed.backward(heads, t);
         t.pass(Pass::Exponentials, packed.exponentials());
         t.pass(Pass::Chain, 6 * packed.q + 8 * packed.kv + 3 * e * packed.exponentials());
     }
@@ -138,10 +138,23 @@ impl Packed {
         self.entries * self.rows * self.width
     }
 
-    fn products(&self, products: u64, heads: Heads, t: &mut Tally) {
-        let one = Product { rows: self.rows, inner: heads.dim, columns: self.width, batch: self.chunk };
-        for _ in 0..products * (self.entries / self.chunk) {
-            t.products_of(one);
+    /// Scores and mixed values, of each chunk.
+    fn forward(&self, heads: Heads, t: &mut Tally) {
+        self.products(&[(self.rows, heads.dim, self.width), (self.rows, self.width, heads.dim)], t);
+    }
+
+    /// Scores again, then the gradients of values, scores, queries and keys.
+    fn backward(&self, heads: Heads, t: &mut Tally) {
+        let (rows, width, dim) = (self.rows, self.width, heads.dim);
+        let all = [(rows, dim, width), (width, rows, dim), (rows, dim, width), (rows, width, dim), (width, rows, dim)];
+        self.products(&all, t);
+    }
+
+    fn products(&self, all: &[(u64, u64, u64)], t: &mut Tally) {
+        for _ in 0..self.entries / self.chunk {
+            for &(rows, inner, columns) in all {
+                t.products_of(Product { rows, inner, columns, batch: self.chunk });
+            }
         }
     }
 }

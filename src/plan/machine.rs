@@ -38,6 +38,9 @@ pub struct Machine {
     /// Whether data-parallel sums run beside computing.
     #[serde(default = "yes")]
     pub overlaps: bool,
+    /// What the library keeps of each distinct product that it has met. Unit: bytes.
+    #[serde(skip)]
+    pub product_bytes: u64,
     #[serde(skip)]
     pub precision: Precision,
     #[serde(skip)]
@@ -56,6 +59,15 @@ pub struct Rings {
     /// Ranks of one ring on one node, 0 where the whole ring is on one.
     tp: usize,
     dp: usize,
+}
+
+/// What a process on a CPU takes besides tensors. Unit: bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Base {
+    /// Before the model: libraries, code, threads and what they keep.
+    pub process: u64,
+    /// More for each distinct product: oneDNN generates code for every size that it meets, and keeps it.
+    pub product: u64,
 }
 
 /// Times of the machine at hand.
@@ -104,6 +116,7 @@ impl Machine {
             network_latency_us: 50.0,
             disk_gbs: 1.0,
             overlaps: true,
+            product_bytes: 0,
             precision: Precision::Bf16,
             measured: None,
             rings: Rings::default(),
@@ -112,8 +125,8 @@ impl Machine {
 
     /// A CPU at hand, whose rates are measured.
     ///
-    /// `memory`: of one rank, in bytes; `base`: what its process takes before the model.
-    pub fn host(memory: f64, base: u64, measured: Option<Measured>) -> Self {
+    /// `memory`: of one rank, in bytes.
+    pub fn host(memory: f64, base: Base, measured: Option<Measured>) -> Self {
         let gib = 1073741824.0;
         Self {
             name: "this machine".to_owned(),
@@ -123,7 +136,7 @@ impl Machine {
             matrix_share: 0.8,
             memory_gbs: 10.0,
             memory_share: 1.0,
-            runtime_gib: base as f64 / gib,
+            runtime_gib: base.process as f64 / gib,
             communicator_gib: 0.0,
             node_gbs: 1.0,
             network_gbs: 1.0,
@@ -131,6 +144,7 @@ impl Machine {
             network_latency_us: 50.0,
             disk_gbs: 1.0,
             overlaps: false,
+            product_bytes: base.product,
             precision: Precision::Bf16,
             measured,
             rings: Rings::default(),

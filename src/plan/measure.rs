@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use super::machine::Measured;
+use super::machine::{Base, Measured};
 use super::tally::{Pass, Product};
+use crate::abi::host::{cpu_seconds, resident_bytes};
 use crate::config::Precision;
 use crate::kernels::moment::{Codes, Moment, Storage};
 use crate::kernels::optimizer::{AdamW, Extras, adamw};
@@ -36,10 +37,30 @@ pub fn measure(products: impl Iterator<Item = Product>, precision: Precision, pa
     measured
 }
 
-/// Memory of this process once libtorch has multiplied in the kind at hand: libraries, code and threads.
-pub fn base(precision: Precision) -> u64 {
-    multiply(Product { rows: 64, inner: 64, columns: 64, batch: 1 }, kind(precision))();
-    crate::abi::host::resident_bytes()
+/// What this process takes besides tensors: libraries, code and threads once libtorch has multiplied in the kind at hand, and what
+/// each further size of a product adds.
+pub fn base(precision: Precision) -> Base {
+    let random = |rows: i64| Tensor::randn([rows, 512], (Kind::Float, Device::Cpu)).to_kind(kind(precision));
+    let (x, w) = (random(1024), random(1024));
+    let out = Tensor::zeros([1024, 1024], (kind(precision), Device::Cpu));
+    let multiply = |rows: i64| _ = x.narrow(0, 0, rows).mm_out(&out.narrow(0, 0, rows), &w.tr());
+    multiply(1024);
+    passes_once(&x);
+    let process = resident_bytes();
+    const MORE: i64 = 12;
+    (1..=MORE).for_each(|i| multiply(1024 - 8 * i));
+    let product = resident_bytes().saturating_sub(process) / MORE as u64;
+    drop((x, w, out));
+    Base { process: resident_bytes().saturating_sub(MORE as u64 * product), product }
+}
+
+/// Touches the code of the passes.
+fn passes_once(x: &Tensor) {
+    let (rows, width) = x.size2().expect("invariant: a matrix");
+    let weight = x.narrow(0, 0, 1).view([width]).contiguous();
+    let (y, _) = rms_norm::forward(x, &weight, 1e-5);
+    let _ = swiglu::forward(&y);
+    let _ = softmax::statistics(&y, &Tensor::zeros([rows], (Kind::Int64, Device::Cpu)));
 }
 
 fn kind(precision: Precision) -> Kind {
@@ -91,14 +112,17 @@ fn passes(kind: Kind) -> [f64; 3] {
 }
 
 /// Seconds of one call, the first left out: the median of 3 or of as many as `patience` allows up to 15.
+///
+/// With one thread its own clock is read, which stands still while neighbours have the core.
 fn median(patience: Duration, mut call: impl FnMut()) -> f64 {
     call();
+    let alone = tch::get_num_threads() == 1;
     let start = Instant::now();
     let mut times = Vec::new();
     while times.len() < 3 || (start.elapsed() < patience && times.len() < 15) {
-        let start = Instant::now();
+        let (begin, used) = (Instant::now(), cpu_seconds());
         call();
-        times.push(start.elapsed().as_secs_f64());
+        times.push(if alone { cpu_seconds() - used } else { begin.elapsed().as_secs_f64() });
     }
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]

@@ -19,7 +19,7 @@ mod text;
 
 pub use advice::{Suggestion, advice};
 pub use head::Pool;
-pub use machine::{Machine, Measured, names};
+pub use machine::{Base, Machine, Measured, names};
 pub use measure::{base, measure};
 pub use rank::{Engine, Rank};
 pub use samples::{Assumed, assumed};

@@ -1,6 +1,6 @@
 //! What a walk through a step adds up: bytes held by purpose, operations, calls, and seconds on an imagined machine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::machine::Machine;
@@ -151,7 +151,7 @@ impl Seconds {
     }
 }
 
-/// A collective under way, and the memory that it holds.
+/// A collective under way.
 pub struct Flight {
     lasts: f64,
     ends: f64,
@@ -165,6 +165,8 @@ pub struct Tally<'a> {
     pub place: Place,
     pub calls: Vec<Call>,
     pub products: BTreeMap<Product, u64>,
+    /// Products so far, of which the library may keep code.
+    known: BTreeSet<Product>,
     pub seconds: Seconds,
     /// Operations of all products, and of those that compute again what was computed before.
     pub operations: f64,
@@ -187,6 +189,7 @@ impl<'a> Tally<'a> {
             place,
             calls: Vec::new(),
             products: BTreeMap::new(),
+            known: BTreeSet::new(),
             seconds: Seconds::default(),
             operations: 0.0,
             repeated: 0.0,
@@ -257,6 +260,10 @@ impl<'a> Tally<'a> {
             return;
         }
         *self.products.entry(product).or_insert(0) += 1;
+        if self.machine.product_bytes > 0 && product.columns > 1 && self.known.insert(product) {
+            // for good
+            let Held(..) = self.hold(Part::Runtime, self.machine.product_bytes);
+        }
         self.operations += operations;
         if self.again {
             self.repeated += operations;
@@ -272,7 +279,7 @@ impl<'a> Tally<'a> {
         }
     }
 
-    /// A collective that everything waits for. `few`: how many numbers, where they are few.
+    /// A collective that everything waits for. `on_host`: control numbers, see [`Call`].
     pub fn call(&mut self, axis: &'static str, op: Op, ranks: usize, bytes: u64, on_host: bool) {
         let flight = self.start(axis, op, ranks, bytes, on_host);
         self.wait(axis, flight);

@@ -136,7 +136,11 @@ impl Plan {
     fn assumptions(&self) -> Vec<String> {
         let m = &self.machine;
         if m.measured.is_some() {
-            return vec!["times of products and passes were measured on this machine just now".to_owned()];
+            let mut lines = vec!["times of products and passes were measured on this machine just now".to_owned()];
+            if self.mesh.world() > 1 {
+                lines.push(format!("{} GB/s between processes, not measured; nothing runs beside computing", m.node_gbs));
+            }
+            return lines;
         }
         vec![
             format!(

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tch::{Device, Kind};
 
-use crate::abi::signals;
+use crate::abi::{host, signals};
 use crate::checkpoint::{ExportOptions, Folder, Store, export, export_adapter};
 use crate::config::{self, Config};
 use crate::data::{Dataset, RowsOf, Stream};
@@ -185,6 +185,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         per_epoch,
         tokens: 0,
         comm_seconds: comm_seconds(world),
+        cpu_seconds: host::cpu_seconds(),
         told: Instant::now(),
         seconds_to_first_step: 0.0,
     };

@@ -1,20 +1,20 @@
 //! The plan of a run beside the run: what its first step should need, and what it needed.
 
 use serde_json::{Value, json};
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 use super::{Context, Inputs, RunError, process};
 use crate::abi::{driver, host};
 use crate::config::Config;
 use crate::dist::Reduce;
-use crate::dist::wire::{Record, summarise};
-use crate::plan::{self, Engine, Job, Machine, Walked};
+use crate::dist::wire::{Call, Record, summarise};
+use crate::plan::{self, Base, Engine, Job, Machine, Walked};
 
 /// What the first step of this rank should need.
 pub(super) struct Planned {
     walked: Walked,
     /// What the process took before the model, where that is known.
-    base: u64,
+    base: Base,
     record: Record,
     /// Whether seconds are planned: on a GPU whose sheet is known.
     timed: bool,
@@ -25,13 +25,16 @@ pub(super) struct Planned {
 /// Share by which a plan may be wrong without a warning.
 const TOLERANCE: f64 = 0.1;
 
+/// Bytes by which memory may be off whatever the share: libraries take that much more or less.
+const LEAST: u64 = 64 << 20;
+
 impl Planned {
     /// Plans the step `first`; `base`: see [`base`].
     pub(super) fn new(
         config: &Config,
         inputs: &Inputs,
         context: &Context,
-        base: u64,
+        base: Base,
         first: usize,
     ) -> Result<Self, RunError> {
         let mesh = context.world.mesh;
@@ -47,7 +50,7 @@ impl Planned {
         let (anchors, arch, machine) = (&inputs.anchors, &inputs.arch, &machine);
         let job = Job { config, arch, anchors, retain, mesh, engine, machine, per_node: 8 };
         let walked = job.walk_from(mesh, first, 1)?.remove(0);
-        let wire: f64 = summarise(&walked.calls).iter().map(|traffic| traffic.wire_bytes).sum();
+        let wire = sent(&walked.calls);
         tracing::info!(
             "planned: {} at most on this rank, in {}; {} sent in the first step{}",
             plan::gib(walked.peak.total()),
@@ -80,12 +83,10 @@ impl Planned {
         let cpu = context.device == Device::Cpu;
         let peak = if cpu { host::peak_resident_bytes() } else { process::device_bytes(context.device) };
         let planned_peak = self.walked.peak.total();
-        let sent = |calls: &[crate::dist::wire::Call]| -> f64 {
-            summarise(calls).iter().map(|traffic| traffic.wire_bytes).sum()
-        };
         let (wire, planned_wire) = (sent(&self.record.take()), sent(&self.walked.calls));
         let off = |found: f64, planned: f64| if planned > 0.0 { (found / planned - 1.0).abs() } else { 0.0 };
-        let memory_off = if self.whole { off(peak as f64, planned_peak as f64) } else { 0.0 };
+        let told_apart = self.whole && peak.abs_diff(planned_peak) > LEAST;
+        let memory_off = if told_apart { off(peak as f64, planned_peak as f64) } else { 0.0 };
         let mut worst = [memory_off, off(wire, planned_wire)];
         context.world.world.all_reduce_f64(&mut worst, Reduce::Max);
         let told = format!(
@@ -105,7 +106,7 @@ impl Planned {
         json!({
             "peak_bytes": peak,
             "planned_peak_bytes": planned_peak,
-            "base_bytes": self.base,
+            "base_bytes": self.walked.peak.bytes[plan::Part::Runtime as usize],
             "wire_bytes": wire,
             "planned_wire_bytes": planned_wire,
             "step_s": seconds,
@@ -119,9 +120,23 @@ impl Planned {
     }
 }
 
-/// Memory of the process before the model; 0 on a GPU, whose sheet says what a context takes.
-pub(super) fn base(config: &Config, context: &Context) -> u64 {
-    if context.device == Device::Cpu { plan::base(config.train.precision) } else { 0 }
+/// What the process takes before the model, the buffers of its transport included; nothing on a GPU, whose sheet says what a context
+/// takes. All ranks call it.
+pub(super) fn base(config: &Config, context: &Context) -> Base {
+    if context.device != Device::Cpu {
+        return Base::default();
+    }
+    for group in [&context.world.tp, &context.world.dp].into_iter().filter(|group| group.size() > 1) {
+        let mut some = Tensor::zeros([(group.size() as i64) << 19], (Kind::Float, Device::Cpu));
+        group.all_reduce(&mut some, Reduce::Sum);
+        let _ = group.reduce_scatter(&some).wait();
+    }
+    plan::base(config.train.precision)
+}
+
+/// Bytes that a rank sends.
+fn sent(calls: &[Call]) -> f64 {
+    summarise(calls).iter().fold(0.0, |sum, traffic| sum + traffic.wire_bytes)
 }
 
 /// The sheet of a device by the driver's name for it.

@@ -45,7 +45,7 @@ fn architecture(qk_norm: bool, qkv_bias: bool, tied: bool) -> Architecture {
 fn config(settings: &[&str]) -> Config {
     let text = "[run]\ndir = 'x'\n[model]\npath = 'm'\n[data]\nforget = { path = 'f', kind = 'qa' }\nretain = { path = 'r', kind = 'qa' }\n\
                 [method]\nobjective = 'npo'\nretain = 'nll'\n[train]\nsteps = 2\nglobal_batch = 6\nmicro_batch_tokens = 150\n\
-                logits_mib = 0.02\n[optimizer]\nlr = 1e-5\n[parallel]\nbucket_mib = 0.05\n[eval]\nbefore = false\n";
+                logits_mib = 0.02\n[optimizer]\nlr = 1e-5\n[parallel]\ntp = 4\nbucket_mib = 0.05\n[eval]\nbefore = false\n";
     let settings: Vec<String> = settings.iter().map(|&text| text.to_owned()).collect();
     config::from_str(text, "test", &settings).unwrap()
 }
