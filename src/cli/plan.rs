@@ -176,12 +176,11 @@ fn sets(
     arch: &Architecture,
     assumptions: &mut Vec<String>,
 ) -> anyhow::Result<(Dataset, Option<Dataset>)> {
-    let finetune = config.method.objective == config::Objective::Finetune;
-    let source = if finetune { &config.data.train } else { &config.data.forget };
+    let source = if config.method.objective.learns() { &config.data.train } else { &config.data.forget };
     let paths = source.iter().chain(&config.data.retain).map(|source| &source.path);
     let missing: Vec<String> = paths.filter(|path| !path.exists()).map(|path| path.display().to_string()).collect();
     if missing.is_empty() && config.model.path.join("tokenizer.json").exists() {
-        let (anchors, retain, _) = run::sets(config)?;
+        let run::Sets { anchors, retain, .. } = run::sets(config)?;
         return Ok((anchors, retain));
     }
     if !(options.scored > 0.0 && options.scored <= 1.0) {

@@ -10,7 +10,7 @@ use super::device;
 use super::ending;
 use super::launch::Launched;
 use crate::abi::{host, signals};
-use crate::config::{self, Dp};
+use crate::config::{self, Config, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
 use crate::run::{self, Context, MemoryWords, Outcome};
 use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
@@ -34,6 +34,22 @@ pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyho
 fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     let path = options.config.as_ref().context("--config is missing")?;
     let config = config::from_file(path, &options.set)?;
+    let context = prepare(ranks, options, &config, launched, started)?;
+    signals::note_requests();
+    match tch::no_grad(|| run::run(&config, context))? {
+        Outcome::Finished(_) => Ok(()),
+        Outcome::Stopped => ending::to_be_continued(),
+    }
+}
+
+/// Threads, devices and logs for a configuration. All ranks call it.
+pub(super) fn prepare(
+    ranks: &Ranks,
+    options: &RunOptions,
+    config: &Config,
+    launched: &Launched,
+    started: Instant,
+) -> anyhow::Result<Context> {
     let dp = match config.parallel.dp {
         Dp::Auto => None,
         Dp::Ranks(n) => Some(n),
@@ -53,7 +69,7 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     let (fault, mpi_version) = (options.fault, ranks.version());
     let memory_words = MemoryWords::default();
     ending::explain_memory(&memory_words);
-    let context = Context {
+    Ok(Context {
         memory_words,
         world,
         device,
@@ -65,12 +81,7 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
         force_resume,
         mpi_version,
         fault,
-    };
-    signals::note_requests();
-    match tch::no_grad(|| run::run(&config, context))? {
-        Outcome::Finished(_) => Ok(()),
-        Outcome::Stopped => ending::to_be_continued(),
-    }
+    })
 }
 
 /// How long ranks without MPI wait for each other at the start.

@@ -10,6 +10,7 @@ use crate::model::ModelError;
 use crate::plan::PlanError;
 use crate::scope::ScopeError;
 use crate::train::NonFinite;
+use crate::weights::WeightsError;
 
 /// Why a run ended. The message is complete; `cli` adds nothing but the rank.
 #[derive(Debug, Error)]
@@ -24,6 +25,8 @@ pub enum RunError {
     Scope(#[from] ScopeError),
     #[error(transparent)]
     Plan(#[from] PlanError),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
     #[error(transparent)]
     NonFinite(#[from] NonFinite),
     #[error("{0}")]

@@ -131,7 +131,10 @@ pub(super) fn base(config: &Config, context: &Context) -> Base {
         group.all_reduce(&mut some, Reduce::Sum);
         let _ = group.reduce_scatter(&some).wait();
     }
-    plan::base(config.train.precision)
+    let base = plan::base(config.train.precision);
+    // what was read and packed before the model is gone
+    host::forget_peak();
+    base
 }
 
 /// Bytes that a rank sends.
