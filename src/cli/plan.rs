@@ -66,6 +66,12 @@ pub(super) fn plan(options: &PlanOptions) -> anyhow::Result<()> {
 
 fn planned(options: &PlanOptions) -> anyhow::Result<()> {
     let config = config::from_file(&options.config, &options.set)?;
+    if config.method.objective.is_weight_space() {
+        bail!(
+            "{}: method.objective works on matrices, one after the other; plans are of runs that train the whole model",
+            options.config.display()
+        );
+    }
     let arch = architecture(&config.model.path)?;
     let mut assumptions = Vec::new();
     let (anchors, retain) = sets(options, &config, &arch, &mut assumptions)?;
