@@ -85,7 +85,8 @@ fn planned(options: &PlanOptions) -> anyhow::Result<()> {
     let engine = if host { Engine::HOST } else { Engine::GPU };
     let retain = retain.as_ref();
     let per_node = if host { mesh.world() } else { options.gpus_per_node };
-    let job = Job { config: &config, arch: &arch, anchors: &anchors, retain, mesh, engine, machine: &machine, per_node };
+    let job =
+        Job { config: &config, arch: &arch, anchors: &anchors, retain, mesh, engine, machine: &machine, per_node };
     let mut timed = machine.clone();
     if host {
         let products = job.walk(mesh, 1)?.into_iter().flat_map(|walked| walked.products.into_keys());
@@ -108,7 +109,12 @@ fn planned(options: &PlanOptions) -> anyhow::Result<()> {
     if !options.json {
         println!("\n{}", advised(&plan, &suggestions));
     }
-    bail!("the run needs {} on a rank and {} has {}", plan::gib(plan.peak.total()), machine.name, plan::gib(machine.memory_bytes()))
+    bail!(
+        "the run needs {} on a rank and {} has {}",
+        plan::gib(plan.peak.total()),
+        machine.name,
+        plan::gib(machine.memory_bytes())
+    )
 }
 
 fn advised(plan: &Plan, suggestions: &[plan::Suggestion]) -> String {
@@ -200,9 +206,8 @@ fn sets(
         100.0 * scored
     ));
     let (wanted, retain_wanted) = unlearn::wanted(&config.method);
-    let set = |name, samples, wanted: Wanted| {
-        assumed(name, Assumed { samples, length, longest, scored }, arch.vocab, wanted)
-    };
+    let set =
+        |name, samples, wanted: Wanted| assumed(name, Assumed { samples, length, longest, scored }, arch.vocab, wanted);
     let retain = config.data.retain.as_ref().map(|_| set("retain", retain_samples, retain_wanted));
     Ok((set("forget", samples, wanted), retain))
 }
@@ -239,7 +244,9 @@ fn machine(options: &PlanOptions, mesh: Mesh, precision: config::Precision) -> a
             "ib100" | "eth100" => 11.0,
             "eth25" => 2.8,
             number => number.parse().ok().filter(|&gbs| gbs > 0.0).with_context(|| {
-                format!("--interconnect {number}: expected ib400, ib200, ib100, roce400, eth100, eth25 or a number of GB/s")
+                format!(
+                    "--interconnect {number}: expected ib400, ib200, ib100, roce400, eth100, eth25 or a number of GB/s"
+                )
             })?,
         };
     }

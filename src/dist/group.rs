@@ -81,7 +81,16 @@ impl Group {
     /// A group of one.
     pub fn solo(axis: &'static str) -> Self {
         let watchdog = Watchdog::new(Duration::MAX);
-        Self { axis, rank: 0, size: 1, host: None, device: None, watchdog, traffic: Rc::default(), record: RefCell::default() }
+        Self {
+            axis,
+            rank: 0,
+            size: 1,
+            host: None,
+            device: None,
+            watchdog,
+            traffic: Rc::default(),
+            record: RefCell::default(),
+        }
     }
 
     pub(super) fn new(
@@ -92,7 +101,16 @@ impl Group {
         dog: &Watchdog,
     ) -> Self {
         let host = (size > 1).then_some(carrier);
-        Self { axis, rank, size, host, device: None, watchdog: dog.clone(), traffic: Rc::default(), record: RefCell::default() }
+        Self {
+            axis,
+            rank,
+            size,
+            host,
+            device: None,
+            watchdog: dog.clone(),
+            traffic: Rc::default(),
+            record: RefCell::default(),
+        }
     }
 
     /// From here on tensors on devices go through `carrier`.

@@ -58,9 +58,12 @@ impl LogitsPool {
     fn product(&self, h: &Tensor, head: &Tensor) -> Logits {
         let (rows, width) = (h.size()[0], head.size()[0]);
         let fits = |buffer: &Tensor| buffer.numel() as i64 >= rows * width && buffer.kind() == h.kind();
-        let buffer = self.0.borrow_mut().pop().filter(fits).unwrap_or_else(|| {
-            Tensor::empty([Self::buffer(rows, width)], (h.kind(), h.device()))
-        });
+        let buffer = self
+            .0
+            .borrow_mut()
+            .pop()
+            .filter(fits)
+            .unwrap_or_else(|| Tensor::empty([Self::buffer(rows, width)], (h.kind(), h.device())));
         let values = buffer.narrow(0, 0, rows * width).view([rows, width]);
         let _ = h.mm_out(&values, &head.tr());
         Logits { buffer, values }

@@ -51,8 +51,10 @@ pub fn advice(job: &Job) -> Vec<Suggestion> {
     let changes = changes(job);
     let mut sets: Vec<Vec<usize>> = (0..changes.len()).map(|i| vec![i]).collect();
     for size in 1..=TOGETHER {
-        let found: Vec<(Vec<usize>, Config, Mesh)> =
-            sets.iter().filter_map(|set| try_out(job, &base, &changes, set).map(|(c, m)| (set.clone(), c, m))).collect();
+        let found: Vec<(Vec<usize>, Config, Mesh)> = sets
+            .iter()
+            .filter_map(|set| try_out(job, &base, &changes, set).map(|(c, m)| (set.clone(), c, m)))
+            .collect();
         if !found.is_empty() {
             let mut told: Vec<Suggestion> =
                 found.iter().filter_map(|(set, config, mesh)| tell(job, &changes, set, config, *mesh)).collect();
@@ -95,7 +97,12 @@ fn changes(job: &Job) -> Vec<Change> {
     }
     add(train.logits_mib > 64.0, "train.logits_mib", "64.0".into(), Price::Nothing);
     let f32_gradients = train.grad_dtype == config::Float::F32;
-    add(f32_gradients && train.precision == config::Precision::Bf16, "train.grad_dtype", "bf16".into(), Price::Rounding);
+    add(
+        f32_gradients && train.precision == config::Precision::Bf16,
+        "train.grad_dtype",
+        "bf16".into(),
+        Price::Rounding,
+    );
     let adamw = optimizer.name == config::OptimizerName::Adamw;
     let state = optimizer.state_dtype.unwrap_or_default();
     add(adamw && state == config::StateDtype::F32, "optimizer.state_dtype", "bf16".into(), Price::Rounding);
@@ -164,7 +171,8 @@ fn overrides(changes: &[Change], set: &[usize]) -> Vec<String> {
 impl Suggestion {
     /// A row for people.
     pub fn row(&self) -> Vec<String> {
-        let quoted = |text: &String| if text.contains(' ') { format!("--set '{text}'") } else { format!("--set {text}") };
+        let quoted =
+            |text: &String| if text.contains(' ') { format!("--set '{text}'") } else { format!("--set {text}") };
         vec![
             self.set.iter().map(quoted).collect::<Vec<_>>().join(" "),
             gib(self.peak),

@@ -202,8 +202,7 @@ impl Buckets {
 
     fn flat(&mut self, rank: &Rank, bucket: usize, t: &mut Tally) {
         if self.flats[bucket].is_none() {
-            self.flats[bucket] =
-                Some(t.hold(Part::Gradients, rank.layout.buckets[bucket].len as u64 * element(rank)));
+            self.flats[bucket] = Some(t.hold(Part::Gradients, rank.layout.buckets[bucket].len as u64 * element(rank)));
         }
     }
 }

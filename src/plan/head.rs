@@ -88,14 +88,7 @@ impl Rank<'_> {
     }
 
     /// Both passes of a term over so many rows.
-    pub fn head(
-        &self,
-        asked: u64,
-        term: Term,
-        pool: &mut Pool,
-        mut buckets: Option<&mut Buckets>,
-        t: &mut Tally,
-    ) {
+    pub fn head(&self, asked: u64, term: Term, pool: &mut Pool, mut buckets: Option<&mut Buckets>, t: &mut Tally) {
         let (h, e, vocab) = (self.hidden(), self.element(), self.vocabulary());
         let reference = match term {
             Term::Divergence => true,

@@ -125,8 +125,7 @@ impl<'a> Job<'a> {
         let fraction = config.scope.mask.as_ref().map(|mask| mask.fraction.unwrap_or(Mask::FRACTION));
         let chosen = fraction.or_else(|| scope::is_partial(&table, &names).then(|| share_of(&table, &names)));
         let batches = Batches::of(config, &method, self.anchors, self.retain);
-        let rank =
-            Rank { config, arch: self.arch, table, layout, mesh, method: &method, engine: self.engine, chosen };
+        let rank = Rank { config, arch: self.arch, table, layout, mesh, method: &method, engine: self.engine, chosen };
         Ok(body(&rank, &batches))
     }
 
@@ -202,8 +201,7 @@ impl<'a> Job<'a> {
         let wide = if kind == Kind::Float { 0 } else { 4 * largest };
         t.brief(Part::Workspace, (wide + 4 * piece) as u64);
         let buckets = Buckets::new(rank, t);
-        let moments =
-            Optimizer::planned_bytes(&rank.config.optimizer, &rank.table, &rank.layout, rank.chosen);
+        let moments = Optimizer::planned_bytes(&rank.config.optimizer, &rank.table, &rank.layout, rank.chosen);
         stay.push(t.hold(Part::Moments, moments as u64));
         if rank.chosen.is_some() {
             let own: usize = rank.layout.buckets.iter().map(|bucket| bucket.own.len()).sum();
@@ -296,11 +294,14 @@ impl<'a> Job<'a> {
                     seconds.push(std::mem::take(&mut t.seconds));
                     t.begin();
                 }
-                let moments: usize = Optimizer::planned_bytes(&config.optimizer, &rank.table, &rank.layout, rank.chosen);
+                let moments: usize =
+                    Optimizer::planned_bytes(&config.optimizer, &rank.table, &rank.layout, rank.chosen);
                 let own: usize = rank.layout.buckets.iter().map(|bucket| bucket.own.len()).sum();
                 let mine = 4 * own + if config.checkpoint.save_optimizer { moments } else { 0 };
-                let shared = if rank.layout.buckets.iter().any(|bucket| bucket.own.len() < bucket.len) { 1 } else { mesh.dp };
-                let trained = rank.table.params.iter().filter(|param| param.class != crate::model::sharding::Class::Frozen);
+                let shared =
+                    if rank.layout.buckets.iter().any(|bucket| bucket.own.len() < bucket.len) { 1 } else { mesh.dp };
+                let trained =
+                    rank.table.params.iter().filter(|param| param.class != crate::model::sharding::Class::Frozen);
                 let trained: usize = trained.map(|param| param.num_elements() as usize).sum();
                 let found = (t.calls, t.operations, t.repeated, tokens, micro_batches, mine / shared, trained);
                 (t.peak, state, scoring, seconds, found)
@@ -376,7 +377,10 @@ impl Plan {
 
     /// Seconds of the whole run: steps, passes without backward before and after, copies and files of saves, reading and export.
     pub fn run_seconds(&self) -> f64 {
-        self.steps as f64 * self.seconds.total() + 2.0 * self.scoring_seconds + self.load_seconds() + self.save_seconds()
+        self.steps as f64 * self.seconds.total()
+            + 2.0 * self.scoring_seconds
+            + self.load_seconds()
+            + self.save_seconds()
     }
 
     pub fn load_seconds(&self) -> f64 {

@@ -37,7 +37,12 @@ impl Plan {
         let mut rows: Vec<Vec<String>> = rows.collect();
         rows.push(vec!["all".to_owned(), gib(self.peak.total()), gib(self.state.iter().sum())]);
         let verdict = if self.fits() {
-            format!("fits: {} of {} at most, in {}", gib(self.peak.total()), gib(machine.memory_bytes()), self.peak.place)
+            format!(
+                "fits: {} of {} at most, in {}",
+                gib(self.peak.total()),
+                gib(machine.memory_bytes()),
+                self.peak.place
+            )
         } else {
             format!(
                 "DOES NOT FIT: {} are needed in {}, {} has {}",
@@ -69,7 +74,8 @@ impl Plan {
         let row = |name: &str, seconds: f64| {
             vec![name.to_owned(), duration(seconds), format!("{:.1} %", 100.0 * seconds / total)]
         };
-        let mut rows = vec![row("matrix products", products), row("passes over memory", passes), row("optimizer", optimizer)];
+        let mut rows =
+            vec![row("matrix products", products), row("passes over memory", passes), row("optimizer", optimizer)];
         if self.mesh.tp > 1 {
             rows.push(row("tensor-parallel traffic", tp));
         }
@@ -138,7 +144,10 @@ impl Plan {
         if m.measured.is_some() {
             let mut lines = vec!["times of products and passes were measured on this machine just now".to_owned()];
             if self.mesh.world() > 1 {
-                lines.push(format!("{} GB/s between processes, not measured; nothing runs beside computing", m.node_gbs));
+                lines.push(format!(
+                    "{} GB/s between processes, not measured; nothing runs beside computing",
+                    m.node_gbs
+                ));
             }
             return lines;
         }
@@ -166,7 +175,11 @@ impl Plan {
     /// For programs.
     pub fn json(&self, assumptions: &[String], suggestions: &[Suggestion]) -> Value {
         let by_part = |bytes: &Bytes| -> Value {
-            PARTS.iter().map(|&(part, name)| (name.replace(' ', "_"), json!(bytes[part as usize]))).collect::<serde_json::Map<_, _>>().into()
+            PARTS
+                .iter()
+                .map(|&(part, name)| (name.replace(' ', "_"), json!(bytes[part as usize])))
+                .collect::<serde_json::Map<_, _>>()
+                .into()
         };
         let Seconds { products, passes, optimizer, tp, dp, hidden } = self.seconds;
         json!({

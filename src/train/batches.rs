@@ -1,7 +1,7 @@
 //! The work of each step: what this rank runs through the model, and the denominators of the whole step.
 
-use crate::data::{Dataset, Item, MicroBatch, Order, RowsOf, Sample, Stream, Text, Texts, pack, share};
 use crate::config::{self, Config};
+use crate::data::{Dataset, Item, MicroBatch, Order, RowsOf, Sample, Stream, Text, Texts, pack, share};
 use crate::dist::Mesh;
 
 use super::method::{Cut, Forget, Method, Retain};

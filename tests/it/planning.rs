@@ -306,7 +306,8 @@ fn gib(bytes: u64) -> f64 {
 #[test]
 fn seventy_billion_parameters_need_what_is_known() {
     let arch = model::published::architecture("llama-3.1-70b").unwrap().unwrap();
-    let sets = |_: ()| assumed("a", Assumed { samples: 16, length: 128, longest: 512, scored: 0.5 }, 1000, Wanted::Nothing);
+    let sets =
+        |_: ()| assumed("a", Assumed { samples: 16, length: 128, longest: 512, scored: 0.5 }, 1000, Wanted::Nothing);
     let (forget, retain) = (sets(()), sets(()));
     let machine = Machine::sheet("h200").unwrap();
     // 70.55e9 parameters, of which a rank of 8 holds an eighth: bytes a parameter, that is what stays and what is shared by d copies
@@ -318,7 +319,9 @@ fn seventy_billion_parameters_need_what_is_known() {
     ];
     for (settings, stays, shared) in recipes {
         for d in [1, 2, 4, 8] {
-            let settings = [settings, &["parallel.bucket_mib=160.0", "train.logits_mib=64.0", "train.micro_batch_tokens=8192"]].concat();
+            let settings =
+                [settings, &["parallel.bucket_mib=160.0", "train.logits_mib=64.0", "train.micro_batch_tokens=8192"]]
+                    .concat();
             let config = config(&settings);
             let mesh = Mesh { rank: 0, tp: 8, dp: d };
             let job = Job {
@@ -368,7 +371,8 @@ fn seventy_billion_parameters_need_what_is_known() {
 #[test]
 fn suggestions_make_it_fit() {
     let run = |settings: &[String]| {
-        let mut arguments: Vec<&str> = vec!["plan", "--config", "configs/70b_npo.toml", "--json", "--set", "model.path=llama-3.1-70b"];
+        let mut arguments: Vec<&str> =
+            vec!["plan", "--config", "configs/70b_npo.toml", "--json", "--set", "model.path=llama-3.1-70b"];
         for setting in settings {
             arguments.extend(["--set", setting]);
         }
