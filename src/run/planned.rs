@@ -13,8 +13,6 @@ use crate::plan::{self, Base, Engine, Job, Machine, Walked};
 /// What the first step of this rank should need.
 pub(super) struct Planned {
     walked: Walked,
-    /// What the process took before the model, where that is known.
-    base: Base,
     record: Record,
     /// Whether seconds are planned: on a GPU whose sheet is known.
     timed: bool,
@@ -61,7 +59,7 @@ impl Planned {
         let scored = config.scope.mask.as_ref().is_some_and(|mask| mask.score.is_some());
         let before = config.before != crate::config::Before::default();
         let whole = first == 0 && !scored && !before;
-        Ok(Self { walked, base, record: Record::default(), timed, whole })
+        Ok(Self { walked, record: Record::default(), timed, whole })
     }
 
     /// From here on the calls of the step are noted.

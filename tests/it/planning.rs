@@ -108,13 +108,13 @@ fn trainer(config: &Config, arch: &Architecture, world: &World) -> Trainer {
     let mesh = world.mesh;
     let mut table =
         model::sharding::Table::new(arch, mesh.tp, mesh.tp_rank(), config.parallel.sequence_parallel).unwrap();
+    let whole = table.clone();
     scope::narrow(&mut table, config).unwrap();
     let layout = Layout::of(&table, &config.parallel, mesh);
     let draw = |id: usize, piece: &model::sharding::Piece| {
-        let param = &table.params[id];
-        Ok::<_, std::convert::Infallible>(match param.pieces[0].name.contains(".lora_") {
-            true => model::init::adapter(piece, 0),
-            false => model::init::initial(param, piece, 0, 0.05),
+        Ok::<_, std::convert::Infallible>(match whole.params.get(id) {
+            Some(param) => model::init::initial(param, piece, 0, 0.05),
+            None => model::init::adapter(piece, 0),
         })
     };
     let parameters = Parameters::new(&table, layout, kind(config), Device::Cpu, draw).unwrap();
