@@ -342,7 +342,7 @@ impl<'a> Job<'a> {
                     steps,
                     seen,
                     scoring_seconds: scoring,
-                    saves: if config.checkpoint.every > 0 { (steps - 1) / config.checkpoint.every } else { 0 },
+                    saves: (steps - 1).checked_div(config.checkpoint.every).unwrap_or(0),
                     checkpoint: (mine as u64, (mine * mesh.world()) as u64),
                     export: if config.export.model { self.arch.num_parameters() as u64 * stored } else { 0 },
                     legal_tp: self.arch.legal_tp(),
