@@ -11,6 +11,7 @@ pub mod dist;
 pub mod eval;
 pub mod kernels;
 pub mod model;
+pub mod plan;
 pub mod report;
 pub mod run;
 pub mod scope;

@@ -24,6 +24,24 @@ pub fn peak_resident_bytes() -> u64 {
     }
 }
 
+/// Resident set of this process now, in bytes; 0 where the system does not say.
+pub fn resident_bytes() -> u64 {
+    let Ok(text) = std::fs::read_to_string("/proc/self/statm") else { return 0 };
+    let pages = text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0);
+    // SAFETY: asks for a number.
+    pages * u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+/// Time that this process has had cores for, all threads together. Unit: seconds.
+pub fn cpu_seconds() -> f64 {
+    // SAFETY: the clock is plain old data and is filled by the call.
+    unsafe {
+        let mut time: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time);
+        time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+    }
+}
+
 /// Lets [`peak_resident_bytes`] count from now on; false where the system does not.
 pub fn forget_peak() -> bool {
     std::fs::write("/proc/self/clear_refs", "5").is_ok()

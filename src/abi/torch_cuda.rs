@@ -176,6 +176,13 @@ pub struct FlashState {
     random: [Tensor; 2],
 }
 
+impl FlashState {
+    /// Bytes of the log-sum-exps; what is left of random numbers is a few words.
+    pub fn bytes(&self) -> usize {
+        self.log_sums.numel() * self.log_sums.kind().elt_size_in_bytes()
+    }
+}
+
 /// Causal attention inside each sequence: `aten::_flash_attention_forward`.
 ///
 /// `q: [rows, heads, dim]`, `k, v: [rows, kv_heads, dim]` in bf16 or f16 with `dim` a multiple of 8 up to 256, last dimension

@@ -11,7 +11,7 @@ mod trace;
 
 pub use check::{Check, Line, check, text as check_text};
 pub use checkpoint::{CheckpointResult, checkpoint};
-pub use rank::{RankBench, RankResult, Traffic, rank, summarise};
+pub use rank::{RankBench, RankResult, rank};
 pub use rate::matrix_rate;
 pub use step::{StepBench, StepResult, step};
 pub use trace::Trace;

@@ -2,12 +2,10 @@
 //!
 //! Collectives bring nothing and are counted. What they would take is modelled from the bytes and a rate for each axis.
 
-use std::collections::BTreeMap;
-
 use serde::Serialize;
 
 use super::step::{StepBench, StepResult, step};
-use crate::dist::planned::{Call, Op, Record};
+use crate::dist::wire::{Record, Traffic, summarise};
 use crate::dist::{Mesh, World};
 use crate::model::ModelError;
 use crate::telemetry::table;
@@ -36,18 +34,6 @@ pub struct RankResult {
     pub dp_seconds: f64,
 }
 
-/// Collectives of one kind in one step.
-#[derive(Clone, Debug, Serialize)]
-pub struct Traffic {
-    pub axis: &'static str,
-    pub op: &'static str,
-    pub calls: usize,
-    /// Bytes of the tensors.
-    pub bytes: u64,
-    /// Bytes that this rank sends, by the usual ring.
-    pub wire_bytes: f64,
-}
-
 /// Runs the rank.
 pub fn rank(bench: &StepBench, rank: &RankBench) -> Result<RankResult, ModelError> {
     let record = Record::default();
@@ -66,26 +52,6 @@ pub fn rank(bench: &StepBench, rank: &RankBench) -> Result<RankResult, ModelErro
     let (tp_seconds, dp_seconds) = (seconds("tp", rank.tp_rate), seconds("dp", rank.dp_rate));
     let Mesh { rank, tp, dp } = rank.mesh;
     Ok(RankResult { rank, tp, dp, computed, traffic, tp_seconds, dp_seconds })
-}
-
-/// Device traffic by axis and operation.
-pub fn summarise(calls: &[Call]) -> Vec<Traffic> {
-    let mut sums = BTreeMap::<(&'static str, Op), Traffic>::new();
-    for call in calls.iter().filter(|call| !call.on_host && call.axis != "world") {
-        let op = match call.op {
-            Op::AllReduce => "all-reduce",
-            Op::ReduceScatter => "reduce-scatter",
-            Op::AllGather => "all-gather",
-            Op::Broadcast => "broadcast",
-            Op::Barrier => "barrier",
-        };
-        let nothing = Traffic { axis: call.axis, op, calls: 0, bytes: 0, wire_bytes: 0.0 };
-        let sum = sums.entry((call.axis, call.op)).or_insert(nothing);
-        sum.calls += 1;
-        sum.bytes += call.bytes;
-        sum.wire_bytes += call.wire_bytes();
-    }
-    sums.into_values().collect()
 }
 
 impl RankResult {

@@ -11,11 +11,12 @@ use super::rate::{matrix_rate, settle};
 use super::trace::Trace;
 use crate::abi::{driver, host};
 use crate::config;
-use crate::data::{self, Dataset, Order, Sample, Text};
+use crate::data::{self, Dataset, Order, Text, Wanted};
 use crate::dist::{Reduce, World};
-use crate::model::init::{self, Stream};
+use crate::model::init;
 use crate::model::sharding::Table;
 use crate::model::{Architecture, Decoder, Keep, LogitsPool, ModelError, ReferenceHead};
+use crate::plan;
 use crate::telemetry::{Clock, PARTS, Part, table};
 use crate::train::{
     self, Batches, Cuts, GradientBuffers, GradientOptions, Layout, Optimizer, Parameters, Reference, Schedule, Trainer,
@@ -278,10 +279,9 @@ fn operations(arch: &Architecture, batches: &Batches, step: usize) -> f64 {
 
 fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, ModelError> {
     let (mesh, device) = (world.mesh, bench.device);
-    let config::Parallel { sequence_parallel, zero, bucket_mib, reduce_dtype, .. } = bench.parallel;
+    let config::Parallel { sequence_parallel, reduce_dtype, .. } = bench.parallel;
     let table = Table::new(&bench.arch, mesh.tp, mesh.tp_rank(), sequence_parallel)?;
-    let (owners, owner) = if zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
-    let layout = Layout::new(&table, (bucket_mib * 1048576.0 / 4.0) as usize, owners, owner);
+    let layout = Layout::of(&table, &bench.parallel, mesh);
     let source = |id: usize, piece: &crate::model::sharding::Piece| {
         let param = &table.params[id];
         Ok::<Tensor, Infallible>(if device == Device::Cpu || param.shape.len() == 1 {
@@ -330,15 +330,9 @@ fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, Mode
 
 /// Random tokens; lengths between a half and one and a half of the mean.
 fn samples(bench: &StepBench, name: &str) -> Dataset {
-    let draw = Stream::new(0, name);
-    let samples = (0..bench.train.global_batch as u64).map(|i| {
-        let spread = 0.5 + (draw.bits(i) % 1001) as f64 / 1000.0;
-        let len = ((bench.length as f64 * spread) as u64).max(2);
-        let prompt = ((len as f64 * (1.0 - bench.scored)) as u64).clamp(1, len - 1);
-        let id = |t| (draw.bits((i + 1) << 32 | t) % bench.arch.vocab as u64) as i32;
-        Sample { tokens: (0..len).map(id).collect(), scored: (prompt as u32..len as u32).collect() }
-    });
-    Dataset::from_samples(name, samples.collect())
+    let (samples, length) = (bench.train.global_batch, bench.length);
+    let assumed = plan::Assumed { samples, length, longest: usize::MAX, scored: bench.scored };
+    plan::assumed(name, assumed, bench.arch.vocab, Wanted::Nothing)
 }
 
 struct Fixed {

@@ -36,6 +36,8 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: ConfigVerb,
     },
+    /// Say what a run will need before it runs: memory, time, traffic, device hours; refuse what does not fit and say what would
+    Plan(super::plan::PlanOptions),
     /// List the unlearning methods: what they need, where they come from
     Methods(MethodsOptions),
     /// Measure speed on this machine

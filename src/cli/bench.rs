@@ -12,7 +12,7 @@ use crate::bench::{self, RankBench, StepBench};
 use crate::config::{self, Precision, Recompute};
 use crate::dist::{Mesh, World};
 use crate::model::architecture::Packing;
-use crate::model::{Architecture, Rope, Scaling, families, published};
+use crate::model::{Architecture, Rope, Scaling, published};
 
 /// Deadline of a collective.
 const TIMEOUT: Duration = Duration::from_secs(600);
@@ -114,12 +114,7 @@ fn rank_on(options: &RankBenchOptions) -> anyhow::Result<()> {
     if options.as_rank >= tp * dp {
         bail!("--as-rank {}: the mesh of tp {tp} x dp {dp} has ranks 0 to {}", options.as_rank, tp * dp - 1);
     }
-    let path = &config.model.path;
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let arch = match published::architecture(&name).filter(|_| !path.join("config.json").exists()) {
-        Some(arch) => arch?,
-        None => families::read(path)?,
-    };
+    let arch = super::plan::architecture(&config.model.path)?;
     let alone = World::solo();
     set_threads(config.run.threads, &alone)?;
     let load = &options.load;

@@ -15,6 +15,7 @@ mod eval;
 mod generate;
 mod launch;
 mod methods;
+mod plan;
 mod report;
 mod run;
 mod weights;
@@ -62,6 +63,7 @@ pub fn main() -> ExitCode {
             Ok(())
         }
         Some(Verb::Config { verb: ConfigVerb::Show { file, set } }) => show(&file, &set),
+        Some(Verb::Plan(options)) => plan::plan(&options),
         Some(Verb::Methods(options)) => methods::methods(&options),
         Some(Verb::Bench { verb: BenchVerb::Step(options) }) => bench::step(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),

@@ -1,12 +1,13 @@
 //! A group of ranks and its collectives.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
 use super::watchdog::Watchdog;
+use super::wire::{Call, Op, Record};
 
 /// How the ranks' numbers become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +54,8 @@ pub struct Group {
     device: Option<Box<dyn Transport>>,
     watchdog: Watchdog,
     traffic: Rc<Cell<Traffic>>,
+    /// Where the calls are noted, where that is asked for.
+    record: RefCell<Option<Record>>,
 }
 
 /// What a group's collectives cost so far.
@@ -78,7 +81,16 @@ impl Group {
     /// A group of one.
     pub fn solo(axis: &'static str) -> Self {
         let watchdog = Watchdog::new(Duration::MAX);
-        Self { axis, rank: 0, size: 1, host: None, device: None, watchdog, traffic: Rc::default() }
+        Self {
+            axis,
+            rank: 0,
+            size: 1,
+            host: None,
+            device: None,
+            watchdog,
+            traffic: Rc::default(),
+            record: RefCell::default(),
+        }
     }
 
     pub(super) fn new(
@@ -89,7 +101,16 @@ impl Group {
         dog: &Watchdog,
     ) -> Self {
         let host = (size > 1).then_some(carrier);
-        Self { axis, rank, size, host, device: None, watchdog: dog.clone(), traffic: Rc::default() }
+        Self {
+            axis,
+            rank,
+            size,
+            host,
+            device: None,
+            watchdog: dog.clone(),
+            traffic: Rc::default(),
+            record: RefCell::default(),
+        }
     }
 
     /// From here on tensors on devices go through `carrier`.
@@ -123,6 +144,22 @@ impl Group {
         self.traffic.get()
     }
 
+    /// From now on notes every call there, as the transport gets it.
+    pub fn record(&self, record: &Record) {
+        *self.record.borrow_mut() = Some(record.clone());
+    }
+
+    /// From now on notes no calls.
+    pub fn record_no_more(&self) {
+        *self.record.borrow_mut() = None;
+    }
+
+    fn note(&self, op: Op, tensor: &Tensor) {
+        if let Some(record) = &*self.record.borrow() {
+            record.note(Call::of(self.axis, op, self.size, tensor));
+        }
+    }
+
     /// Replaces `tensor` by the element-wise sum or maximum over the group. All ranks of the group call it.
     ///
     /// On the host bf16 is added up in f32 and rounded once.
@@ -132,9 +169,13 @@ impl Group {
         self.timed("all_reduce", &what, || {
             if tensor.kind() == Kind::BFloat16 && !transport.adds_bf16() {
                 let mut wide = tensor.to_kind(Kind::Float).contiguous();
+                self.note(Op::AllReduce, &wide);
                 transport.all_reduce(&mut wide, op);
                 tensor.copy_(&wide);
-            } else if tensor.is_contiguous() {
+                return;
+            }
+            self.note(Op::AllReduce, tensor);
+            if tensor.is_contiguous() {
                 transport.all_reduce(tensor, op);
             } else {
                 let mut dense = tensor.contiguous();
@@ -168,6 +209,7 @@ impl Group {
         let Some(transport) = self.transport(input) else {
             return Pending(State::Done(input.shallow_clone()));
         };
+        self.note(Op::ReduceScatter, input);
         let ticket = self.timed("reduce_scatter", input, || transport.reduce_scatter(input.contiguous(), output));
         let what = format!("reduce_scatter on {}", self.axis);
         Pending(State::Open { ticket, what, watchdog: self.watchdog.clone(), traffic: Rc::clone(&self.traffic) })
@@ -206,6 +248,7 @@ impl Group {
                 // MPI forbids the same memory on both sides; a part is small against the whole.
                 let part = if transport.gathers_in_place() { part.contiguous() } else { part.copy() };
                 let what = output.shallow_clone();
+                self.note(Op::AllGather, &what);
                 self.timed("all_gather", &what, || transport.all_gather(&part, output));
             }
             None if part.data_ptr() != output.data_ptr() => {
@@ -250,6 +293,7 @@ impl Group {
     pub fn broadcast(&self, tensor: &mut Tensor, root: usize) {
         let what = tensor.shallow_clone();
         if let Some(transport) = self.transport(&what) {
+            self.note(Op::Broadcast, &what);
             self.timed("broadcast", &what, || transport.broadcast(tensor, root));
         }
     }

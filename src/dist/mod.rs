@@ -11,6 +11,7 @@ pub mod planned;
 mod tcp;
 mod threads;
 mod watchdog;
+pub mod wire;
 mod world;
 
 pub use group::{Group, Pending, Reduce, Traffic};

@@ -80,7 +80,7 @@ impl Group {
     }
 
     /// Entries, filled up to whole chunks.
-    fn entries(&self, kv_heads: usize, share: usize) -> usize {
+    pub fn entries(&self, kv_heads: usize, share: usize) -> usize {
         (self.sequences.len() * kv_heads).next_multiple_of(self.chunk(share))
     }
 }

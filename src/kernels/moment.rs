@@ -26,6 +26,17 @@ pub enum Storage {
     Block8,
 }
 
+impl Storage {
+    /// Bytes of a moment of `len` weights.
+    pub fn bytes(self, len: usize) -> usize {
+        match self {
+            Self::F32 => 4 * len,
+            Self::Bf16 => 2 * len,
+            Self::Block8 => len + 4 * len.div_ceil(BLOCK),
+        }
+    }
+}
+
 /// What a moment may be, which decides on its code book.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Codes {

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::attention_core::{self, Normalisers, Projections};
 use super::batch::Batch;
-use super::decoder::{Decoder, Keep};
+use super::decoder::{Decoder, Keep, bytes};
 use super::linear;
 use super::sharding::{LayerParams, attention_unit};
 use super::weights::{Gradients, Weights};
@@ -41,6 +41,18 @@ struct Normed {
     values: Tensor,
     /// `1/rms` of each head: `[tokens * heads]`.
     rstd: Tensor,
+}
+
+impl AttentionTape {
+    pub(super) fn bytes(&self) -> usize {
+        let normed = |normed: &Normed| bytes(&normed.values) + bytes(&normed.rstd);
+        let rest = |rest: &Rest| {
+            let Projected { qkv, normed: both } = &rest.projected;
+            let both = both.as_ref().map_or(0, |(q, k)| normed(q) + normed(k));
+            bytes(&rest.rstd) + bytes(qkv) + both + bytes(&rest.mixed) + rest.normalisers.bytes()
+        };
+        bytes(&self.x) + self.rest.as_ref().map_or(0, rest)
+    }
 }
 
 /// Gives the half block's output and what `keep` asks for.

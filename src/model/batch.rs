@@ -39,7 +39,7 @@ impl Batch {
             let ends = sequences.iter().map(|&(start, len)| (start + len) as i32);
             upload(&std::iter::once(0).chain(ends).collect::<Vec<i32>>(), device)
         });
-        let total = recurring_size(ids.len()).next_multiple_of(multiple);
+        let total = Self::padded(ids.len(), multiple);
         Self { sequences, bounds, ..Self::filled_up(ids, positions, total, rope, device) }
     }
 
@@ -64,6 +64,11 @@ impl Batch {
         let (cos, sin) = rope.tables(&positions, device);
         let filled = ids.len() as i64;
         Self { ids: upload(&padded, device), sequences: Vec::new(), bounds: None, filled, cos, sin }
+    }
+
+    /// Tokens of a batch of `filled`, those that belong to nobody included.
+    pub fn padded(filled: usize, multiple: usize) -> usize {
+        recurring_size(filled).next_multiple_of(multiple)
     }
 
     /// What attention needs to know.

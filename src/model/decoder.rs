@@ -49,6 +49,19 @@ pub struct Tape {
     mlp: Vec<MlpTape>,
 }
 
+impl Tape {
+    /// Bytes of everything that was kept.
+    pub fn bytes(&self) -> usize {
+        let attention: usize = self.attention.iter().map(AttentionTape::bytes).sum();
+        attention + self.mlp.iter().map(MlpTape::bytes).sum::<usize>()
+    }
+}
+
+/// Bytes of a tensor's elements.
+pub(super) fn bytes(x: &Tensor) -> usize {
+    x.numel() * x.kind().elt_size_in_bytes()
+}
+
 impl Decoder {
     /// Packs sequences for this model. `lengths` add up to the number of `tokens`.
     pub fn batch(&self, tokens: &[i64], lengths: &[usize]) -> Batch {

@@ -59,10 +59,12 @@ impl LogitsPool {
     fn product(&self, h: &Tensor, head: &Tensor) -> Logits {
         let (rows, width) = (h.size()[0], head.size()[0]);
         let fits = |buffer: &Tensor| buffer.numel() as i64 >= rows * width && buffer.kind() == h.kind();
-        let buffer = self.0.borrow_mut().pop().filter(fits).unwrap_or_else(|| {
-            // an eighth more than asked for, so that slightly larger steps find it large enough
-            Tensor::empty([rows * width / 8 * 9 + 8], (h.kind(), h.device()))
-        });
+        let buffer = self
+            .0
+            .borrow_mut()
+            .pop()
+            .filter(fits)
+            .unwrap_or_else(|| Tensor::empty([Self::buffer(rows, width)], (h.kind(), h.device())));
         let values = buffer.narrow(0, 0, rows * width).view([rows, width]);
         let _ = h.mm_out(&values, &head.tr());
         Logits { buffer, values }
@@ -70,6 +72,11 @@ impl LogitsPool {
 
     fn give_back(&self, logits: Logits) {
         self.0.borrow_mut().push(logits.buffer);
+    }
+
+    /// Elements of a new buffer: an eighth more than asked for, so that slightly larger steps find it large enough.
+    pub fn buffer(rows: i64, width: i64) -> i64 {
+        rows * width / 8 * 9 + 8
     }
 }
 
@@ -95,10 +102,8 @@ impl Decoder {
         let len = positions.size()[0];
         let x = hidden.index_select(0, &fill_up(positions));
         let (normed, rstd) = rms_norm::forward(&x, weights.get(self.table.final_norm), self.arch.norm_eps);
-        // the largest shard's width: ranks with a smaller one must cut the same chunks, their collectives go together
-        let width = (self.arch.vocab as u64).div_ceil(self.tp.size() as u64);
-        let row = (width * x.kind().elt_size_in_bytes() as u64) as f64;
-        Rows { x, rstd, normed, len, chunk: ((logits_bytes / row) as i64).max(1) }
+        let chunk = Rows::chunk(self.arch.vocab, self.tp.size(), x.kind().elt_size_in_bytes(), logits_bytes);
+        Rows { x, rstd, normed, len, chunk }
     }
 
     /// Pass 1 for rows with a target: `targets: [rows]` i64 ids. All ranks of the tensor-parallel group call it.
@@ -322,6 +327,18 @@ impl Rows {
 
     fn filled(&self) -> i64 {
         self.x.size()[0]
+    }
+
+    /// Rows that go through the head for `asked`.
+    pub fn padded(asked: usize) -> usize {
+        recurring_size(asked)
+    }
+
+    /// Rows of one chunk of logits of `element` bytes each. The largest shard's width decides: ranks with a smaller one must cut
+    /// the same chunks, their collectives go together.
+    pub fn chunk(vocab: i64, tp: usize, element: usize, logits_bytes: f64) -> i64 {
+        let width = (vocab as u64).div_ceil(tp as u64);
+        ((logits_bytes / (width * element as u64) as f64) as i64).max(1)
     }
 
     /// Start and length of each chunk.

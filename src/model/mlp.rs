@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::decoder::{Decoder, Keep};
+use super::decoder::{Decoder, Keep, bytes};
 use super::linear;
 use super::sharding::mlp_unit;
 use super::weights::{Gradients, Weights};
@@ -20,6 +20,13 @@ struct Rest {
     rstd: Tensor,
     /// `[tokens, 2 * width]` of this rank's width.
     gate_up: Tensor,
+}
+
+impl MlpTape {
+    pub(super) fn bytes(&self) -> usize {
+        let rest = |rest: &Rest| bytes(&rest.rstd) + bytes(&rest.gate_up);
+        bytes(&self.x) + self.rest.as_ref().map_or(0, rest)
+    }
 }
 
 /// Gives the half block's output and what `keep` asks for.

@@ -22,6 +22,7 @@ mod sites;
 mod weights;
 
 pub use architecture::Architecture;
+pub use attention_core::cut_on_host;
 pub use batch::Batch;
 pub use cache::KvCache;
 pub use decoder::{Decoder, Keep, Tape};

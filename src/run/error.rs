@@ -8,6 +8,7 @@ use crate::checkpoint::CheckpointError;
 use crate::data::DataError;
 use crate::eval::EvalError;
 use crate::model::ModelError;
+use crate::plan::PlanError;
 use crate::scope::ScopeError;
 use crate::train::NonFinite;
 use crate::weights::WeightsError;
@@ -23,6 +24,8 @@ pub enum RunError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Scope(#[from] ScopeError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     #[error(transparent)]
     Weights(#[from] WeightsError),
     #[error(transparent)]

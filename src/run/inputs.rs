@@ -68,31 +68,8 @@ impl Inputs {
             }
         }
         scope::narrow(&mut table, config)?;
-        let data = &config.data;
-        // texts need no template
-        let template = data.template.as_ref().unwrap_or(&Template::Named(TemplateName::Chat));
-        let encoder = Encoder::from_folder(&config.model.path, template, data.system.as_deref())?;
-        let seed = config.run.seed;
-        let refusals =
-            data.refusals.as_ref().map_or_else(|| Ok(Refusals::own(seed)), |path| Refusals::read(path, seed))?;
-        let (wanted, retain_wanted) = unlearn::wanted(&config.method);
-        let load = |name: &str, source, wanted| {
-            Dataset::load_pairs(name, source, &encoder, data.max_length, wanted, &refusals)
-        };
-        let learns = config.method.objective.learns();
-        let (key, anchors_name, source) =
-            if learns { ("data.train", "train", &data.train) } else { ("data.forget", "forget", &data.forget) };
-        let source = source.as_ref().expect("invariant: the configuration was validated");
-        let anchors = load(key, source, wanted)?;
-        let retain = data.retain.as_ref().map(|source| load("data.retain", source, retain_wanted)).transpose()?;
-        let watched = data.forget.as_ref().filter(|_| learns);
-        let watched = watched.map(|source| load("data.forget", source, Wanted::Nothing)).transpose()?;
-        let similar = config.subspace.iter().flat_map(|subspace| &subspace.similar).enumerate();
-        let similar = similar.map(|(index, source)| {
-            let set = load(&format!("subspace.similar[{index}]"), source, Wanted::Nothing)?;
-            Ok::<_, RunError>((format!("similar_{}", index + 1), set))
-        });
-        let similar = similar.collect::<Result<_, _>>()?;
+        let Sets { anchors, retain, watched, similar } = sets(config)?;
+        let anchors_name = if config.method.objective.learns() { "train" } else { "forget" };
         let stored_kind = weights.as_ref().map_or(Kind::Float, Folder::kind);
         let mut inputs = Self {
             arch,
@@ -305,12 +282,47 @@ impl Inputs {
     }
 }
 
+/// The samples of a run.
+pub struct Sets {
+    /// To forget or to train on.
+    pub anchors: Dataset,
+    pub retain: Option<Dataset>,
+    /// Only evaluated.
+    pub watched: Option<Dataset>,
+    /// Like the anchors, by name.
+    pub similar: Vec<(String, Dataset)>,
+}
+
+/// Reads the samples of a run; needs no weights.
+pub fn sets(config: &Config) -> Result<Sets, RunError> {
+    let data = &config.data;
+    // texts need no template
+    let template = data.template.as_ref().unwrap_or(&Template::Named(TemplateName::Chat));
+    let encoder = Encoder::from_folder(&config.model.path, template, data.system.as_deref())?;
+    let seed = config.run.seed;
+    let refusals = data.refusals.as_ref().map_or_else(|| Ok(Refusals::own(seed)), |path| Refusals::read(path, seed))?;
+    let (wanted, retain_wanted) = unlearn::wanted(&config.method);
+    let load =
+        |name: &str, source, wanted| Dataset::load_pairs(name, source, &encoder, data.max_length, wanted, &refusals);
+    let learns = config.method.objective.learns();
+    let (key, source) = if learns { ("data.train", &data.train) } else { ("data.forget", &data.forget) };
+    let source = source.as_ref().expect("invariant: the configuration was validated");
+    let anchors = load(key, source, wanted)?;
+    let retain = data.retain.as_ref().map(|source| load("data.retain", source, retain_wanted)).transpose()?;
+    let watched = data.forget.as_ref().filter(|_| learns);
+    let watched = watched.map(|source| load("data.forget", source, Wanted::Nothing)).transpose()?;
+    let similar = config.subspace.iter().flat_map(|subspace| &subspace.similar).enumerate();
+    let similar = similar.map(|(index, source)| {
+        let set = load(&format!("subspace.similar[{index}]"), source, Wanted::Nothing)?;
+        Ok::<_, RunError>((format!("similar_{}", index + 1), set))
+    });
+    let similar = similar.collect::<Result<_, _>>()?;
+    Ok(Sets { anchors, retain, watched, similar })
+}
+
 /// How this rank's share of what is trained is cut.
 pub fn layout_of(table: &Table, config: &Config, world: &World) -> Layout {
-    let mesh = world.mesh;
-    let (owners, owner) = if config.parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
-    let bucket = (config.parallel.bucket_mib * 1048576.0 / 4.0) as usize;
-    Layout::new(table, bucket.max(1), owners, owner)
+    Layout::of(table, &config.parallel, world.mesh)
 }
 
 /// The kind of tensor that the model computes in.

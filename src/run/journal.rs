@@ -5,6 +5,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::{Context, RunError, process};
+use crate::abi::host;
 use crate::dist::World;
 use crate::telemetry::{Metrics, Progress};
 use crate::train::{StepReport, StepWork, Trainer};
@@ -18,6 +19,8 @@ pub(super) struct Journal<'a> {
     pub(super) tokens: usize,
     /// Spent in collectives when the last step was told.
     pub(super) comm_seconds: f64,
+    /// Of this process when the last step was told.
+    pub(super) cpu_seconds: f64,
     pub(super) told: Instant,
     /// From the start of the process to the first step that it told of.
     pub(super) seconds_to_first_step: f64,
@@ -54,6 +57,7 @@ impl Journal<'_> {
             "retain_tokens": work.scored.1,
             "tokens_per_s": work.tokens as f64 / seconds,
             "step_s": seconds,
+            "cpu_s": host::cpu_seconds() - self.cpu_seconds,
             "comm_s": communication - self.comm_seconds,
             "rss_bytes": process::resident_bytes(),
             "device_bytes": process::device_bytes(context.device),
@@ -71,6 +75,7 @@ impl Journal<'_> {
         self.metrics.write(&line)?;
         self.tokens += work.tokens;
         self.comm_seconds = communication;
+        self.cpu_seconds = host::cpu_seconds();
         tracing::debug!(step = step + 1, loss = losses.total, grad_norm = report.grad_norm, seconds);
         self.progress.advance(1, &format!("loss {:.4}  grad {:.2e}", losses.total, report.grad_norm));
         Ok(())
@@ -80,6 +85,7 @@ impl Journal<'_> {
     pub(super) fn between_steps(&mut self, world: &World) {
         self.told = Instant::now();
         self.comm_seconds = comm_seconds(world);
+        self.cpu_seconds = host::cpu_seconds();
     }
 }
 

@@ -10,6 +10,7 @@ mod frozen;
 mod inputs;
 mod journal;
 mod memory;
+mod planned;
 mod process;
 mod reference;
 mod resume;
@@ -22,7 +23,7 @@ pub use calibrate::{Calibrated, Calibration, calibrate};
 pub use error::RunError;
 pub use evaluation::{EvaluateOptions, evaluate};
 pub use fault::{Fault, Phase};
-pub use inputs::{Inputs, Loaded, model_digest};
+pub use inputs::{Inputs, Loaded, Sets, model_digest, sets};
 pub use memory::{Memory, MemoryWords};
 pub use summary::{Evaluations, Summary};
 
@@ -33,10 +34,10 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tch::{Device, Kind};
 
-use crate::abi::signals;
+use crate::abi::{host, signals};
 use crate::checkpoint::{CheckpointError, ExportOptions, Folder, Store, export, export_adapter};
 use crate::config::{self, Config};
-use crate::data::{Order, RowsOf, Stream};
+use crate::data::{RowsOf, Stream};
 use crate::dist::World;
 use crate::eval::ForwardOptions;
 use crate::model::Keep;
@@ -45,13 +46,13 @@ use crate::scope;
 use crate::telemetry::{Console, LogFile};
 use crate::train;
 use crate::train::{
-    Batches, Cuts, GradientBuffers, GradientOptions, Method, Optimizer, Reference, ReferenceNeeds, Retain, Schedule,
-    Trainer, TrainerOptions,
+    Batches, GradientBuffers, GradientOptions, Optimizer, Reference, ReferenceNeeds, Schedule, Trainer, TrainerOptions,
 };
 use crate::unlearn;
 use evaluation::Evaluator;
 use files::RunFolder;
 use journal::{Journal, comm_seconds};
+use planned::Planned;
 use reference::{Identity, Kept, ReferenceCache, ReferenceOptions};
 use resume::Start;
 use saving::{Next, Saver};
@@ -113,12 +114,13 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let frozen = frozen.map(|(_, param)| param.num_elements() as usize).sum();
     let expected = Memory::expected(config, &layout, frozen);
     expected.prepare(&context.memory_words, config, context.device);
+    let base = planned::base(config, &context);
     let Loaded { decoder, parameters, identity, names } = inputs.load(config, world, context.device, console)?;
     let steps = total_steps(config, &inputs);
 
     let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
     let method = unlearn::method(&config.method, config.run.seed, per_epoch);
-    let batches = batches(config, &inputs, &method);
+    let batches = Batches::of(config, &method, &inputs.anchors, inputs.retain.as_ref());
     one_micro_batch_a_step(config, &batches, steps, world)?;
     let forward = evaluation::forward(config);
     let holding = gradient_options(config, decoder.device);
@@ -187,6 +189,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         per_epoch,
         tokens: past.tokens,
         comm_seconds: comm_seconds(world),
+        cpu_seconds: host::cpu_seconds(),
         told: Instant::now(),
         seconds_to_first_step: 0.0,
         stage: serde_json::Value::Null,
@@ -195,13 +198,20 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let late = usize::from(context.device != Device::Cpu && trainer.method.dual.is_none());
     let every = config.eval.every.steps(per_epoch);
     let mut open = VecDeque::new();
+    let mut planned = Some(Planned::new(config, &inputs, &context, base, first)?);
     journal.progress.advance(first as u64, "");
     for step in first..steps {
         if step == first + 1 {
             strike(Phase::Step)?;
         }
         let work = batches.step(step, world.mesh);
+        if let Some(planned) = &planned {
+            planned.watch(&context);
+        }
         let launched = trainer.launch(step, &work, known, world);
+        if let Some(planned) = &planned {
+            planned.unwatch(&context);
+        }
         open.push_back((step, work, launched));
         let evaluated = every > 0 && (step + 1) % every == 0 && step + 1 < steps;
         let last = step + 1 == steps;
@@ -211,6 +221,11 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
             let (step, work, launched) = open.pop_front().expect("invariant: there is one more");
             let report = trainer.read(launched, &work, known, world)?;
             journal.tell(step, &work, &report, &trainer, &context)?;
+            if let Some(planned) = planned.take() {
+                let found = planned.compare(report.seconds, &context);
+                journal.metrics.write(&json!({ "step": step + 1, "plan": found }))?;
+                journal.between_steps(world);
+            }
         }
         if evaluated {
             let scores = evaluator.step(step + 1, &trainer, &inputs, None, &context, journal.metrics)?;
@@ -428,26 +443,6 @@ fn max_shard_bytes(config: &Config) -> usize {
 fn total_steps(config: &Config, inputs: &Inputs) -> usize {
     let per_epoch = inputs.anchors.samples.len().div_ceil(config.train.global_batch);
     config.train.steps.unwrap_or_else(|| config.train.epochs.unwrap_or(0) * per_epoch)
-}
-
-/// The order of the samples and how they are cut.
-fn batches<'a>(config: &Config, inputs: &'a Inputs, method: &Method) -> Batches<'a> {
-    let partners = match config.method.retain {
-        config::Retain::None => None,
-        _ => inputs.retain.as_ref(),
-    };
-    let (anchors, partner_count) = (inputs.anchors.samples.len(), partners.map_or(0, |set| set.samples.len()));
-    let (seed, shuffle) = (config.run.seed, config.data.shuffle);
-    Batches {
-        order: Order::new(seed, shuffle, anchors, partner_count, config.train.global_batch),
-        anchors: &inputs.anchors,
-        retain: partners,
-        cuts: Cuts::of(
-            method,
-            matches!(method.retain, Retain::Divergence) && config.method.compat == Some(config::Compat::OpenUnlearning),
-        ),
-        budget: config.train.micro_batch_tokens,
-    }
 }
 
 /// What the method needs to know of the model before training.

@@ -22,7 +22,7 @@ use super::{
     Context, FILES_DEADLINE, Fault, Outcome, Phase, RunError, export_kind, gradient_options, max_shard_bytes,
     one_micro_batch_a_step, trainer_options,
 };
-use crate::abi::signals;
+use crate::abi::{host, signals};
 use crate::checkpoint::{Folder, export_tensors};
 use crate::config::{self, Config, Objective, StageOrder, StartFrom, Subspace};
 use crate::data::{Dataset, Order};
@@ -71,6 +71,7 @@ pub(super) fn run(
         per_epoch: 1,
         tokens: 0,
         comm_seconds: comm_seconds(world),
+        cpu_seconds: host::cpu_seconds(),
         told: Instant::now(),
         seconds_to_first_step: 0.0,
         stage: Value::Null,

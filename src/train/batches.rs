@@ -1,9 +1,10 @@
 //! The work of each step: what this rank runs through the model, and the denominators of the whole step.
 
+use crate::config::{self, Config};
 use crate::data::{Dataset, Item, MicroBatch, Order, RowsOf, Sample, Stream, Text, Texts, pack, share};
 use crate::dist::Mesh;
 
-use super::method::{Cut, Forget, Method};
+use super::method::{Cut, Forget, Method, Retain};
 use super::objective::Totals;
 
 /// The samples of a run and how they are cut.
@@ -61,6 +62,23 @@ pub struct StepWork {
     pub tokens: usize,
     /// Scored tokens of the whole step: forget and retain.
     pub scored: (usize, usize),
+}
+
+impl<'a> Batches<'a> {
+    /// As a configuration says.
+    pub fn of(config: &Config, method: &Method, anchors: &'a Dataset, retain: Option<&'a Dataset>) -> Self {
+        let retain = retain.filter(|_| config.method.retain != config::Retain::None);
+        let partners = retain.map_or(0, |set| set.samples.len());
+        let (seed, shuffle) = (config.run.seed, config.data.shuffle);
+        let openunlearning = config.method.compat == Some(config::Compat::OpenUnlearning);
+        Self {
+            order: Order::new(seed, shuffle, anchors.samples.len(), partners, config.train.global_batch),
+            anchors,
+            retain,
+            cuts: Cuts::of(method, matches!(method.retain, Retain::Divergence) && openunlearning),
+            budget: config.train.micro_batch_tokens,
+        }
+    }
 }
 
 impl Batches<'_> {

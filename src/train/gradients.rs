@@ -74,7 +74,7 @@ pub struct Flight {
 }
 
 /// Sums under way at once; a transport may hold a copy of each bucket.
-const MAX_UNDER_WAY: usize = 2;
+pub const MAX_UNDER_WAY: usize = 2;
 
 /// The summed gradients of this rank's own part of each bucket.
 pub struct Reduced {

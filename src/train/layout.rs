@@ -6,6 +6,8 @@
 use std::ops::Range;
 
 use crate::checkpoint::slices::Place;
+use crate::config;
+use crate::dist::Mesh;
 use crate::model::sharding::{Class, Param, ParamId, Table};
 
 /// Elements to which parameters are aligned: 256 bytes of f32.
@@ -33,6 +35,13 @@ pub struct Bucket {
 }
 
 impl Layout {
+    /// As a configuration says.
+    pub fn of(table: &Table, parallel: &config::Parallel, mesh: Mesh) -> Self {
+        let (owners, owner) = if parallel.zero { (mesh.dp, mesh.dp_rank()) } else { (1, 0) };
+        let bucket = (parallel.bucket_mib * 1048576.0 / 4.0) as usize;
+        Self::new(table, bucket.max(1), owners, owner)
+    }
+
     /// `bucket_elements`: least size of a bucket but the last; `owners`: ranks that share the buckets, `owner`: this one.
     pub fn new(table: &Table, bucket_elements: usize, owners: usize, owner: usize) -> Self {
         let mut places = vec![None; table.params.len()];

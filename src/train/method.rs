@@ -193,7 +193,7 @@ impl Method {
     }
 
     /// Whether a stream's term is computed from the head.
-    pub(super) fn needs_head(&self, stream: Stream) -> bool {
+    pub fn needs_head(&self, stream: Stream) -> bool {
         match stream {
             Stream::Forget => !matches!(self.forget, Forget::Hidden(_)),
             Stream::Retain => matches!(self.retain, Retain::Likelihood(_) | Retain::Divergence),
@@ -201,7 +201,7 @@ impl Method {
     }
 
     /// The objective of a stream, where it is one over log-probabilities.
-    pub(super) fn objective(&self, stream: Stream) -> Option<&dyn Objective> {
+    pub fn objective(&self, stream: Stream) -> Option<&dyn Objective> {
         match (stream, &self.forget, &self.retain) {
             (Stream::Forget, Forget::Likelihood(objective), _) | (Stream::Retain, _, Retain::Likelihood(objective)) => {
                 Some(objective.as_ref())

@@ -20,7 +20,7 @@ mod terms;
 pub use crate::model::Distribution;
 pub use attack::Adversary;
 pub use batches::{Batches, Cuts, StepWork};
-pub use gradients::{Flight, GradientBuffers, GradientOptions, Reduced};
+pub use gradients::{Flight, GradientBuffers, GradientOptions, MAX_UNDER_WAY, Reduced};
 pub use layout::{Bucket, Layout, Segment};
 pub use method::{Cut, Dual, Forget, Method, OnRows, Reference, ReferenceNeeds, Retain, Steering};
 pub use objective::{Objective, Term, Tokens, Totals, join_pairs, split_pairs};

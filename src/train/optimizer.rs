@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
+use super::layout::Layout;
 use super::parameters::Parameters;
 use crate::checkpoint::state::What;
 use crate::config;
@@ -67,6 +68,15 @@ pub struct Update<'a> {
     pub skip: &'a Tensor,
 }
 
+/// How AdamW's moments are stored.
+fn storage(config: &config::Optimizer) -> Storage {
+    match config.state_dtype.unwrap_or_default() {
+        config::StateDtype::F32 => Storage::F32,
+        config::StateDtype::Bf16 => Storage::Bf16,
+        config::StateDtype::Int8 => Storage::Block8,
+    }
+}
+
 impl Optimizer {
     /// Changes nothing and remembers nothing.
     pub fn none() -> Self {
@@ -83,11 +93,7 @@ impl Optimizer {
                 Rule::Sgd { momentum: config.momentum.unwrap_or(config::Optimizer::MOMENTUM) }
             }
         };
-        let storage = match config.state_dtype.unwrap_or_default() {
-            config::StateDtype::F32 => Storage::F32,
-            config::StateDtype::Bf16 => Storage::Bf16,
-            config::StateDtype::Int8 => Storage::Block8,
-        };
+        let storage = storage(config);
         let state =
             parameters.layout.buckets.iter().zip(&parameters.masters).enumerate().map(|(index, (bucket, master))| {
                 let segments = bucket.segments(table).into_iter().filter(|segment| !segment.own.is_empty());
@@ -108,6 +114,21 @@ impl Optimizer {
                 with_state.collect()
             });
         Self { state: state.collect(), rule, weight_decay: config.weight_decay, steps: 0 }
+    }
+
+    /// What [`Self::bytes`] of an optimizer would be, of which `chosen`, a share of each segment, may change: None for all.
+    pub fn planned_bytes(config: &config::Optimizer, table: &Table, layout: &Layout, chosen: Option<f64>) -> usize {
+        let segments = layout.buckets.iter().flat_map(|bucket| bucket.segments(table));
+        let each = segments.map(|segment| {
+            let len = chosen.map_or(segment.own.len(), |share| (share * segment.own.len() as f64).ceil() as usize);
+            let state = match config.name {
+                config::OptimizerName::Adamw => 2 * storage(config).bytes(len),
+                config::OptimizerName::Sgd if config.momentum.unwrap_or(config::Optimizer::MOMENTUM) > 0.0 => 4 * len,
+                config::OptimizerName::Sgd => 0,
+            };
+            state + if chosen.is_some() { 4 * len } else { 0 }
+        });
+        each.sum()
     }
 
     /// Begins a step.

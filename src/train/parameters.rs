@@ -117,6 +117,15 @@ impl Parameters {
         }
     }
 
+    /// What [`Self::bytes`] would be of numbers of kind `kind`.
+    pub fn planned_bytes(table: &Table, layout: &Layout, kind: Kind) -> (usize, usize) {
+        let all: usize = layout.buckets.iter().map(|bucket| bucket.len).sum();
+        let own: usize = layout.buckets.iter().map(|bucket| bucket.own.len()).sum();
+        let frozen = layout.places.iter().zip(&table.params).filter(|(place, _)| place.is_none());
+        let frozen: usize = frozen.map(|(_, param)| param.num_elements() as usize).sum();
+        ((all + frozen) * kind.elt_size_in_bytes(), if kind == Kind::Float { 0 } else { 4 * own })
+    }
+
     /// Bytes of weights and of masters that are not the weights themselves.
     pub fn bytes(&self) -> (usize, usize) {
         let size = |t: &Tensor| t.numel() * t.kind().elt_size_in_bytes();

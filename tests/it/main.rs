@@ -12,6 +12,7 @@ mod golden_step;
 mod layouts;
 mod methods;
 mod planned;
+mod planning;
 mod program;
 mod recipes;
 mod report;

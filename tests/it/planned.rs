@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use dunlearn::bench::{StepBench, step, summarise};
+use dunlearn::bench::{StepBench, step};
 use dunlearn::config;
-use dunlearn::dist::planned::Record;
+use dunlearn::dist::wire::{Record, summarise};
 use dunlearn::dist::{Mesh, World, run_threads};
 use dunlearn::model::architecture::Packing;
 use dunlearn::model::{Architecture, Rope, Scaling};

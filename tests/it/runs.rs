@@ -147,6 +147,7 @@ fn metrics_have_what_was_promised() {
             "retain_tokens",
             "tokens_per_s",
             "step_s",
+            "cpu_s",
             "comm_s",
             "rss_bytes",
         ] {
@@ -158,6 +159,12 @@ fn metrics_have_what_was_promised() {
     }
     assert!(number(&steps[0], "npo_log_ratio").abs() < 1e-4 && number(&steps[2], "npo_log_ratio") < -1e-3);
     assert!((number(&steps[0], "npo_weight") - 1.0).abs() < 1e-4 && number(&steps[2], "npo_weight") < 1.0);
+    // what the ranks handed to MPI in the first step is what was planned, to the byte
+    let plans: Vec<_> = lines.iter().filter(|line| !line["plan"].is_null()).collect();
+    assert!(plans.len() == 1 && plans[0]["step"] == 1);
+    let sent = number(plans[0], "plan.wire_bytes");
+    assert!(sent > 1e4 && sent == number(plans[0], "plan.planned_wire_bytes"), "{}", plans[0]);
+    assert_eq!(number(plans[0], "plan.worst_wire_off"), 0.0);
     // before, in between, after
     assert_eq!(lines.iter().filter(|line| !line["eval"].is_null()).count(), 3);
     for rank in 0..2 {

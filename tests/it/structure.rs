@@ -157,6 +157,7 @@ fn the_readme_is_true() {
         "docs/checkpoints.md",
         "docs/report.md",
         "docs/performance.md",
+        "docs/plan.md",
         "docs/gpu.md",
         "docs/generation.md",
         "docs/attacks.md",

@@ -50,8 +50,12 @@ pub(super) fn backward(
 
 /// Sequences for packed attention, and the others.
 fn partition(q: &Tensor, sequences: &[(i64, i64)]) -> (Vec<(i64, i64)>, Vec<(i64, i64)>) {
-    let packable = kernel::takes(q);
-    sequences.iter().partition(|(_, len)| packable && *len <= LONGEST_PACKED)
+    if kernel::takes(q) { by_length(sequences) } else { (Vec::new(), sequences.to_vec()) }
+}
+
+/// Sequences that are short enough for packed attention, and the others.
+pub(super) fn by_length(sequences: &[(i64, i64)]) -> (Vec<(i64, i64)>, Vec<(i64, i64)>) {
+    sequences.iter().partition(|(_, len)| *len <= LONGEST_PACKED)
 }
 
 impl Shape {

@@ -15,6 +15,7 @@ use tch::{Device, Tensor};
 pub use cached::{Cached, one_more};
 
 use crate::abi::torch_cuda::FlashState;
+use crate::kernels::attention::Group;
 
 /// Heads of this rank and the keys that a query sees.
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +48,17 @@ enum Kept {
     Explicit,
 }
 
+impl Normalisers {
+    /// Bytes on the device that computed them.
+    pub fn bytes(&self) -> usize {
+        match &self.0 {
+            Kept::Host(log_sums) => log_sums.iter().map(super::decoder::bytes).sum(),
+            Kept::Varlen(state) => state.bytes(),
+            Kept::Explicit => 0,
+        }
+    }
+}
+
 /// q, k and v: each `[tokens, row]` with its heads from element `first` of a row on. They may be the same tensor.
 pub struct Projections<'a> {
     pub q: (&'a Tensor, i64),
@@ -61,6 +73,12 @@ pub struct Sequences<'a> {
     pub spans: &'a [(i64, i64)],
     /// On a GPU the same for its kernels: first tokens and the end of the last, `[sequences + 1]` i32.
     pub bounds: Option<&'a Tensor>,
+}
+
+/// How a CPU cuts sequences: groups for packed attention, and those that are too long for it.
+pub fn cut_on_host(sequences: &[(i64, i64)]) -> (Vec<Group>, Vec<(i64, i64)>) {
+    let (short, long) = host::by_length(sequences);
+    (Group::cut(&short), long)
 }
 
 /// Attention of one batch: `[tokens, q_heads * head_dim]`.

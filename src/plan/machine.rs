@@ -1,0 +1,223 @@
+//! What a rank runs on: memory and rates, from a data sheet with the share that programs reach, from a file, or measured.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::tally::{Pass, Product};
+use crate::config::Precision;
+use crate::dist::Mesh;
+use crate::dist::wire::Call;
+
+/// One device and the links to the others.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    pub name: String,
+    /// Memory that a process can have. Unit: GiB.
+    pub memory_gib: f64,
+    /// Rate of matrix products on the data sheet, and the share of it that a step's products reach. Unit: 1e12 operations a second.
+    pub bf16_tflops: f64,
+    pub f32_tflops: f64,
+    pub matrix_share: f64,
+    /// Rate of the memory on the data sheet, and the share that passes over memory reach. Unit: 1e9 bytes a second.
+    pub memory_gbs: f64,
+    pub memory_share: f64,
+    /// What a process takes before its first tensor: context, kernels, the products' workspace. Unit: GiB.
+    pub runtime_gib: f64,
+    /// Reserve of one communicator of several ranks. Unit: GiB.
+    pub communicator_gib: f64,
+    /// Bandwidth of a ring inside a node, and of one device's link to other nodes. Unit: 1e9 bytes a second of one rank.
+    pub node_gbs: f64,
+    pub network_gbs: f64,
+    /// Of one collective inside a node, and between nodes. Unit: 1e-6 seconds.
+    pub node_latency_us: f64,
+    pub network_latency_us: f64,
+    /// Files, of one rank. Unit: 1e9 bytes a second.
+    pub disk_gbs: f64,
+    /// Whether data-parallel sums run beside computing.
+    #[serde(default = "yes")]
+    pub overlaps: bool,
+    /// What the library keeps of each distinct product that it has met. Unit: bytes.
+    #[serde(skip)]
+    pub product_bytes: u64,
+    #[serde(skip)]
+    pub precision: Precision,
+    #[serde(skip)]
+    pub measured: Option<Measured>,
+    #[serde(skip)]
+    pub rings: Rings,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Rings of the mesh's axes on the nodes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rings {
+    /// Ranks of one ring on one node, 0 where the whole ring is on one.
+    tp: usize,
+    dp: usize,
+}
+
+/// What a process on a CPU takes besides tensors. Unit: bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Base {
+    /// Before the model: libraries, code, threads and what they keep.
+    pub process: u64,
+    /// More for each distinct product: oneDNN generates code for every size that it meets, and keeps it.
+    pub product: u64,
+}
+
+/// Times of the machine at hand.
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// Seconds of each product.
+    pub products: BTreeMap<Product, f64>,
+    /// Operations a second of others.
+    pub rate: f64,
+    /// Amounts a second, by the unit of [`Pass`].
+    pub passes: [f64; 3],
+}
+
+/// Names of all machines that are known.
+pub fn names() -> Vec<&'static str> {
+    SHEETS.iter().map(|sheet| sheet.0).collect()
+}
+
+/// Name, GiB that a process can have, bf16 and f32 (not TF32) TFLOP/s without sparsity, GB/s of memory, GB/s of a ring over NVLink
+/// and of one network card.
+const SHEETS: [(&str, f64, f64, f64, f64, f64, f64); 4] = [
+    ("h100-80g", 79.0, 989.0, 67.0, 3350.0, 360.0, 45.0),
+    ("h200", 139.0, 989.0, 67.0, 4800.0, 360.0, 45.0),
+    ("a100-80g", 79.0, 312.0, 19.5, 2039.0, 230.0, 22.5),
+    ("b200", 178.0, 2250.0, 75.0, 8000.0, 650.0, 45.0),
+];
+
+impl Machine {
+    /// A machine by name, with the shares that are assumed where nothing was measured.
+    pub fn sheet(name: &str) -> Option<Self> {
+        let known = SHEETS.iter().find(|sheet| sheet.0.eq_ignore_ascii_case(name))?;
+        let &(name, memory_gib, bf16_tflops, f32_tflops, memory_gbs, node_gbs, network_gbs) = known;
+        Some(Self {
+            name: name.to_owned(),
+            memory_gib,
+            bf16_tflops,
+            f32_tflops,
+            matrix_share: 0.6,
+            memory_gbs,
+            memory_share: 0.75,
+            runtime_gib: 1.5,
+            communicator_gib: 1.0,
+            node_gbs,
+            network_gbs,
+            node_latency_us: 20.0,
+            network_latency_us: 50.0,
+            disk_gbs: 1.0,
+            overlaps: true,
+            product_bytes: 0,
+            precision: Precision::Bf16,
+            measured: None,
+            rings: Rings::default(),
+        })
+    }
+
+    /// A CPU at hand, whose rates are measured.
+    ///
+    /// `memory`: of one rank, in bytes.
+    pub fn host(memory: f64, base: Base, measured: Option<Measured>) -> Self {
+        let gib = 1073741824.0;
+        Self {
+            name: "this machine".to_owned(),
+            memory_gib: memory / gib,
+            bf16_tflops: 0.4,
+            f32_tflops: 0.2,
+            matrix_share: 0.8,
+            memory_gbs: 10.0,
+            memory_share: 1.0,
+            runtime_gib: base.process as f64 / gib,
+            communicator_gib: 0.0,
+            node_gbs: 1.0,
+            network_gbs: 1.0,
+            node_latency_us: 50.0,
+            network_latency_us: 50.0,
+            disk_gbs: 1.0,
+            overlaps: false,
+            product_bytes: base.product,
+            precision: Precision::Bf16,
+            measured,
+            rings: Rings::default(),
+        }
+    }
+
+    /// The same with a mesh on nodes of so many devices.
+    pub fn placed(&self, mesh: Mesh, per_node: usize, precision: Precision) -> Self {
+        let per_node = per_node.max(1);
+        let inside = |ranks: usize, reach: usize| if reach <= per_node { 0 } else { ranks.max(1) };
+        // tensor-parallel ranks are neighbours; data-parallel ones are tp apart
+        let tp = inside(per_node.min(mesh.tp), if per_node.is_multiple_of(mesh.tp) { 1 } else { per_node + 1 });
+        let dp = inside(per_node / mesh.tp, mesh.world());
+        Self { rings: Rings { tp, dp }, precision, ..self.clone() }
+    }
+
+    pub fn memory_bytes(&self) -> u64 {
+        (self.memory_gib * 1073741824.0) as u64
+    }
+
+    /// Operations a second on the data sheet.
+    pub fn peak_rate(&self) -> f64 {
+        1e12 * if self.precision == Precision::Bf16 { self.bf16_tflops } else { self.f32_tflops }
+    }
+
+    /// Seconds of a product.
+    pub fn product(&self, product: Product) -> f64 {
+        match &self.measured {
+            Some(measured) => match measured.products.get(&product) {
+                Some(&seconds) => seconds,
+                None => product.operations() / measured.rate,
+            },
+            None => {
+                let Product { rows, inner, columns, batch } = product;
+                let bytes = 2.0 * batch as f64 * (rows * inner + inner * columns + rows * columns) as f64;
+                let arithmetic = product.operations() / (self.peak_rate() * self.matrix_share);
+                // a thin product is as slow as the memory; one column stands for scores that never leave the chip
+                if columns == 1 { arithmetic } else { arithmetic.max(bytes / self.memory_rate()) }
+            }
+        }
+    }
+
+    /// Seconds of a pass over memory.
+    pub fn pass(&self, pass: Pass, amount: f64) -> f64 {
+        match &self.measured {
+            Some(measured) => amount / measured.passes[pass as usize],
+            // a logit is read and written once; AdamW reads and writes three f32 and reads a gradient
+            None => {
+                let bytes = match pass {
+                    Pass::Chain => 1.0,
+                    Pass::Exponentials => 4.0,
+                    Pass::Optimizer => 30.0,
+                };
+                amount * bytes / self.memory_rate()
+            }
+        }
+    }
+
+    /// Seconds of a collective that has the links for itself.
+    pub fn collective(&self, call: &Call) -> f64 {
+        if call.ranks == 1 {
+            return 0.0;
+        }
+        let on_a_node = if call.axis == "tp" { self.rings.tp } else { self.rings.dp };
+        let (gbs, latency) = match on_a_node {
+            0 => (self.node_gbs, self.node_latency_us),
+            // the ring's ranks on a node share their cards
+            n => ((n as f64 * self.network_gbs).min(self.node_gbs), self.network_latency_us),
+        };
+        latency * 1e-6 + call.wire_bytes() / (gbs * 1e9)
+    }
+
+    fn memory_rate(&self) -> f64 {
+        self.memory_gbs * 1e9 * self.memory_share
+    }
+}
