@@ -29,6 +29,8 @@ pub(super) struct Arguments {
 pub(super) enum Verb {
     /// Train, unlearn or fine-tune as a configuration says
     Run(RunOptions),
+    /// Start the ranks of a run with mpirun, srun or sbatch, look after them, and start them again where that helps
+    Launch(super::launch::LaunchOptions),
     /// Show or describe configurations
     Config {
         #[command(subcommand)]
