@@ -21,9 +21,9 @@ check() {
   fi
 }
 
-# within SECONDS COMMAND...: waits until the command succeeds
+# within SECONDS COMMAND...: waits until the command succeeds; on a machine that others use too, LAB_PATIENCE times as long
 within() {
-  local end=$(($(date +%s) + $1))
+  local end=$(($(date +%s) + $1 * ${LAB_PATIENCE:-1}))
   shift
   until "$@"; do
     [ "$(date +%s)" -lt "$end" ] || return 1

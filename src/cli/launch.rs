@@ -13,8 +13,8 @@ use crate::abi::host;
 use crate::config::{self, Config, Dp, Resume};
 pub(super) use crate::launch::Launched;
 use crate::launch::{
-    Allocation, Batch, Dialect, Engine, Flavour, Host, Job, Outlet, Plan, Policy, Stream, parse_hostfile, parse_hosts, quote,
-    script, supervise,
+    Allocation, Batch, Dialect, Engine, Flavour, Host, Job, Outlet, Plan, Policy, Stream, parse_hostfile, parse_hosts,
+    quote, script, supervise,
 };
 use crate::model::families;
 use crate::model::sharding::Table;
@@ -118,7 +118,9 @@ fn run_options(words: &[String]) -> anyhow::Result<RunOptions> {
     let parsed = Arguments::try_parse_from(std::iter::once("dunlearn").chain(words.iter().map(String::as_str)));
     match parsed.map_err(|error| anyhow::anyhow!("behind `--`: {}", error.to_string().trim()))? {
         Arguments { verb: Some(Verb::Run(run)), .. } | Arguments { verb: None, run } => Ok(run),
-        _ => bail!("behind `--` stands what `dunlearn run` takes, such as --config FILE; other verbs run under mpirun itself"),
+        _ => bail!(
+            "behind `--` stands what `dunlearn run` takes, such as --config FILE; other verbs run under mpirun itself"
+        ),
     }
 }
 
@@ -195,14 +197,17 @@ fn engine(options: &LaunchOptions, allocated: bool, local: bool) -> anyhow::Resu
         EngineWord::Srun => Flavour::Srun,
     };
     if flavour == Flavour::Srun && local {
-        bail!("--engine srun needs a Slurm job, or --hosts; start it inside `salloc` or `sbatch`, or take --slurm --nodes N");
+        bail!(
+            "--engine srun needs a Slurm job, or --hosts; start it inside `salloc` or `sbatch`, or take --slurm --nodes N"
+        );
     }
     let found = match flavour {
         Flavour::Mpirun => mpirun,
         Flavour::Srun => srun.or(Some("srun".to_owned())),
     };
     let program = options.program.clone().or(found);
-    let program = program.context("no mpirun: none beside the MPI library, none in PATH; say --program PATH or set MPIRUN")?;
+    let program =
+        program.context("no mpirun: none beside the MPI library, none in PATH; say --program PATH or set MPIRUN")?;
     Ok(Engine {
         flavour,
         dialect,
@@ -222,7 +227,8 @@ fn mpi_library() -> (String, Option<PathBuf>) {
     #[cfg(not(feature = "mpi"))]
     let version = String::new();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let library = maps.lines().filter_map(|line| line.split_once('/')).map(|(_, path)| PathBuf::from(format!("/{path}")));
+    let library =
+        maps.lines().filter_map(|line| line.split_once('/')).map(|(_, path)| PathBuf::from(format!("/{path}")));
     let is_mpi = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("libmpi.so"));
     let prefix = library.into_iter().find(is_mpi).and_then(|path| Some(path.parent()?.parent()?.to_owned()));
     (version, prefix)
@@ -230,7 +236,10 @@ fn mpi_library() -> (String, Option<PathBuf>) {
 
 fn in_path(program: &str) -> Option<String> {
     let path = std::env::var("PATH").unwrap_or_default();
-    path.split(':').map(|folder| Path::new(folder).join(program)).find(|path| path.is_file()).map(|_| program.to_owned())
+    path.split(':')
+        .map(|folder| Path::new(folder).join(program))
+        .find(|path| path.is_file())
+        .map(|_| program.to_owned())
 }
 
 /// Variables for the ranks: those that are named, those that libraries read, and what launch itself sets.
@@ -253,7 +262,10 @@ fn environment(named: &[String]) -> anyhow::Result<Vec<(String, String)>> {
     for variable in named {
         match variable.split_once('=') {
             Some((name, value)) if !name.is_empty() => put(name, value),
-            _ => put(variable, &std::env::var(variable).with_context(|| format!("--env {variable}: it is not set here"))?),
+            _ => put(
+                variable,
+                &std::env::var(variable).with_context(|| format!("--env {variable}: it is not set here"))?,
+            ),
         }
     }
     Ok(all)
@@ -292,7 +304,11 @@ fn batch(options: &LaunchOptions, config: &Config) -> anyhow::Result<ExitCode> {
     let nodes = options.nodes.filter(|&nodes| nodes > 0).context("--nodes is at least 1")?;
     let job = Job::new(options.np, Vec::new(), config.parallel.tp, fixed_dp(config))?;
     if !job.ranks.is_multiple_of(nodes) {
-        bail!("--np {} ranks are not the same number on each of {nodes} nodes; take --np {}", job.ranks, job.ranks.div_ceil(nodes) * nodes);
+        bail!(
+            "--np {} ranks are not the same number on each of {nodes} nodes; take --np {}",
+            job.ranks,
+            job.ranks.div_ceil(nodes) * nodes
+        );
     }
     let folder = &config.run.dir;
     let name = folder.file_name().map_or_else(|| "dunlearn".to_owned(), |name| name.to_string_lossy().into_owned());

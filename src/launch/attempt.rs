@@ -130,7 +130,8 @@ pub(super) async fn attempt(
     let mut told: Option<Instant> = None;
     let status = loop {
         let next = tokio::time::timeout(TICK, requests.next());
-        match either(child.wait(), next).await {
+        let event = either(child.wait(), next).await;
+        match event {
             Either::First(status) => break status?,
             Either::Second(Ok(name)) if requests.at_once => {
                 outlet.say(&format!("{name}: ending the job at once"));

@@ -97,6 +97,18 @@ impl Code {
     }
 }
 
+impl Verdict {
+    /// For `launch.jsonl`.
+    pub(super) const fn word(self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::Stopped => "stopped",
+            Self::Retry => "retry",
+            Self::Hopeless => "hopeless",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

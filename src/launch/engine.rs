@@ -73,13 +73,13 @@ impl Engine {
 
     /// A command that succeeds where the engine reaches `host`.
     pub fn probe(&self, host: &str) -> Command {
-        let arguments: Vec<&str> = match (self.flavour, self.dialect) {
-            (Flavour::Srun, _) => vec!["--ntasks=1", "--nodes=1", "--overlap", "--mpi=none", "--nodelist", host, "true"],
-            (_, Dialect::Mpich) => vec!["-n", "1", "-hosts", host, "true"],
-            _ => vec!["-n", "1", "--host", host, "true"],
+        let words: Vec<&str> = match (self.flavour, self.dialect) {
+            (Flavour::Srun, _) => vec!["--ntasks=1", "--nodes=1", "--overlap", "--mpi=none", "--nodelist", host],
+            (_, Dialect::Mpich) => vec!["-n", "1", "-hosts", host],
+            _ => vec!["-n", "1", "--host", host],
         };
-        let mut arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
-        arguments.splice(arguments.len() - 1..arguments.len() - 1, self.extra.iter().cloned());
+        let words = words.into_iter().map(str::to_owned).chain(self.extra.iter().cloned());
+        let arguments = words.chain(["true".to_owned()]).collect();
         Command { environment: self.settings(), program: self.program.clone(), arguments }
     }
 
@@ -110,7 +110,11 @@ impl Engine {
                 // ranks bind themselves, by the cores and ranks of their host
                 words.extend(["--bind-to", "none"]);
                 if self.label {
-                    words.extend(if self.dialect == Dialect::OpenMpi5 { &["--output", "tag"][..] } else { &["--tag-output"] });
+                    words.extend(if self.dialect == Dialect::OpenMpi5 {
+                        &["--output", "tag"][..]
+                    } else {
+                        &["--tag-output"]
+                    });
                 }
             }
         }
@@ -171,7 +175,11 @@ impl Engine {
 /// A word as a shell wants it.
 pub fn quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
-    if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }
 
 impl std::fmt::Display for Command {

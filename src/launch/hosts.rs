@@ -10,7 +10,8 @@ pub struct Host {
 
 impl Host {
     fn new(name: &str, slots: usize) -> Result<Self, String> {
-        let odd = |c: char| c.is_whitespace() || c == ',' || c == ':' || c == '=' || c == '[' || c == ']' || c.is_control();
+        let odd =
+            |c: char| c.is_whitespace() || c == ',' || c == ':' || c == '=' || c == '[' || c == ']' || c.is_control();
         if name.is_empty() || name.starts_with('-') || name.contains(odd) {
             return Err(format!("{name:?} is no host name"));
         }
@@ -31,7 +32,7 @@ pub fn parse_hosts(text: &str) -> Result<Vec<Host>, String> {
         let (names, slots) = match piece.rsplit_once(':') {
             Some((names, slots)) => {
                 let bad = || format!("{piece:?}: {slots:?} is no number of slots; expected HOST:SLOTS");
-                (names, slots.parse().map_err(|_| bad())?)
+                (names, slots.parse::<usize>().map_err(|_| bad())?)
             }
             None => (piece, 1),
         };
@@ -55,7 +56,7 @@ pub fn parse_hostfile(text: &str) -> Result<Vec<Host>, String> {
         let at = |why: String| format!("line {}: {why}", index + 1);
         let (name, mut slots) = match first.split_once(':') {
             Some((name, slots)) => {
-                (name, slots.parse().map_err(|_| at(format!("{slots:?} is no number of slots")))?)
+                (name, slots.parse::<usize>().map_err(|_| at(format!("{slots:?} is no number of slots")))?)
             }
             None => (first, 1),
         };
@@ -124,7 +125,10 @@ fn range_list(text: &str) -> Result<Vec<String>, String> {
         let (from, to) = part.split_once('-').unwrap_or((part, part));
         let number = |text: &str| {
             let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-            digits.then(|| text.parse::<usize>().ok()).flatten().ok_or_else(|| format!("{part:?} is no range of numbers"))
+            digits
+                .then(|| text.parse::<usize>().ok())
+                .flatten()
+                .ok_or_else(|| format!("{part:?} is no range of numbers"))
         };
         let (first, last) = (number(from)?, number(to)?);
         if first > last || last - first >= MOST_NODES {
@@ -197,7 +201,18 @@ mod tests {
         assert_eq!(names("n[1-3,7]"), ["n1", "n2", "n3", "n7"]);
         assert_eq!(names("a[08-11],b2,c[1]"), ["a08", "a09", "a10", "a11", "b2", "c1"]);
         assert_eq!(names("r[1-2]n[0-1].x"), ["r1n0.x", "r1n1.x", "r2n0.x", "r2n1.x"]);
-        for bad in ["", "n[1-3", "n1-3]", "n[3-1]", "n[a]", "n[]", "a,,b", "n[[1]]", "n[0-99999999999999999999]", "n[0-999999][0-9]"] {
+        for bad in [
+            "",
+            "n[1-3",
+            "n1-3]",
+            "n[3-1]",
+            "n[a]",
+            "n[]",
+            "a,,b",
+            "n[[1]]",
+            "n[0-99999999999999999999]",
+            "n[0-999999][0-9]",
+        ] {
             assert!(expand_nodes(bad).is_err(), "{bad}: {:?}", expand_nodes(bad));
         }
         assert_eq!(expand_counts("2(x3),1").unwrap(), [2, 2, 2, 1]);

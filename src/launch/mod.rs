@@ -10,6 +10,7 @@ mod codes;
 mod engine;
 mod hosts;
 mod journal;
+mod judge;
 mod notes;
 mod ranks;
 mod script;

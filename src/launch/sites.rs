@@ -13,7 +13,9 @@ pub enum LaunchError {
     TpDoesNotDivide { tp: usize, ranks: usize },
     #[error("parallel.tp = {tp} x parallel.dp = {dp} needs {} ranks, not {ranks}; take --np {}, or dp = \"auto\"", tp * dp, tp * dp)]
     WrongRanks { tp: usize, dp: usize, ranks: usize },
-    #[error("{ranks} ranks are more than the {slots} slots of {whose}; take --np {slots} or fewer, or more slots a host")]
+    #[error(
+        "{ranks} ranks are more than the {slots} slots of {whose}; take --np {slots} or fewer, or more slots a host"
+    )]
     TooManyRanks { ranks: usize, slots: usize, whose: String },
     #[error("{0}")]
     Said(String),
@@ -131,7 +133,12 @@ mod tests {
     #[test]
     fn slurms_variables() {
         let environment = |name: &str| {
-            let set = [("SLURM_JOB_ID", "7"), ("SLURM_JOB_NODELIST", "n[1-3]"), ("SLURM_TASKS_PER_NODE", "2(x2),1"), ("SLURM_RESTART_COUNT", "1")];
+            let set = [
+                ("SLURM_JOB_ID", "7"),
+                ("SLURM_JOB_NODELIST", "n[1-3]"),
+                ("SLURM_TASKS_PER_NODE", "2(x2),1"),
+                ("SLURM_RESTART_COUNT", "1"),
+            ];
             set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
         };
         let found = Allocation::from_lookup(environment).unwrap().unwrap();

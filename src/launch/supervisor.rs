@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::attempt::{Ended, Requests, attempt};
+use super::attempt::{Requests, attempt};
 use super::codes::{Code, Verdict};
 use super::engine::{Command, Engine};
 use super::hosts::Host;
 use super::journal::{self, Journal};
+use super::judge::judge;
 use super::notes::Notes;
 use super::sites::{Job, LaunchError, fewer};
 use crate::checkpoint::Store;
@@ -119,7 +120,7 @@ impl Supervisor<'_> {
         };
         let mut again = before.is_some();
         let before = before.unwrap_or_else(|| Before::look(folder));
-        let (mut job, mut restarts, mut last) = (self.plan.job.clone(), 0, None);
+        let (mut job, mut restarts, mut last) = (self.plan.job.clone(), 0, None::<(String, Option<(usize, String)>)>);
         let launch = format!("{:x}-{}", (journal::unix_seconds() * 1e3) as u64, std::process::id());
         loop {
             let notes = folder.join("launch").join(format!("{launch}-{restarts}"));
@@ -134,17 +135,11 @@ impl Supervisor<'_> {
             );
             let start = Instant::now();
             let ended = attempt(&command, &notes, folder, policy.grace, &mut requests, self.outlet).await;
-            let ended = ended.map_err(|error| LaunchError::Said(format!("cannot start {}: {error}", command.program)))?;
+            let ended =
+                ended.map_err(|error| LaunchError::Said(format!("cannot start {}: {error}", command.program)))?;
             notes.clear();
             let _ = std::fs::remove_dir(folder.join("launch"));
             let mut failure = judge(&ended, restarts > 0, requests.at_once);
-            let lost = match failure.verdict {
-                Verdict::Retry if failure.host_may_be_lost => self.lost_hosts(&job).await,
-                _ => Vec::new(),
-            };
-            if !lost.is_empty() {
-                failure.words = format!("lost {}: {}", lost.join(", "), failure.words);
-            }
             let place = Before::look(folder).checkpoint;
             let same = last.as_ref().is_some_and(|(words, at)| *words == failure.words && *at == place);
             if failure.verdict == Verdict::Retry && failure.same_again_is_hopeless && same {
@@ -155,9 +150,16 @@ impl Supervisor<'_> {
                 "end",
                 &json!({ "launch": notes.id(), "engine_code": ended.code, "engine_signal": ended.signal, "code": failure.code,
                          "verdict": failure.verdict.word(), "message": failure.words, "ranks_that_spoke": ended.endings,
-                         "engine_ended_by_us": ended.hung, "lost_hosts": lost, "asked": requests.first,
+                         "engine_ended_by_us": ended.hung, "asked": requests.first,
                          "seconds": start.elapsed().as_secs_f64() }),
             );
+            if failure.verdict == Verdict::Retry && failure.host_may_be_lost {
+                let lost = self.lost_hosts(&job).await;
+                if !lost.is_empty() {
+                    self.journal.write("lost", &json!({ "hosts": lost }));
+                    failure.words = format!("lost {}: {}", lost.join(", "), failure.words);
+                }
+            }
             match failure.verdict {
                 Verdict::Finished => return Ok(failure.code),
                 Verdict::Stopped => {
@@ -176,7 +178,8 @@ impl Supervisor<'_> {
             }
             if restarts >= policy.max_restarts {
                 let often = if restarts == 0 { String::new() } else { format!(" after {restarts} restarts") };
-                self.outlet.say(&format!("{}; giving up{often} (--max-restarts {})", failure.words, policy.max_restarts));
+                self.outlet
+                    .say(&format!("{}; giving up{often} (--max-restarts {})", failure.words, policy.max_restarts));
                 return Ok(failure.code);
             }
             let wait = policy.backoff.saturating_mul(1 << restarts.min(16)).min(MOST_BACKOFF);
@@ -215,15 +218,14 @@ impl Supervisor<'_> {
     }
 
     /// Where to start again: everywhere, or on the hosts that answer if that is allowed and the layout divides.
-    async fn next_job(&mut self, job: &Job) -> Job {
+    async fn next_job(&self, job: &Job) -> Job {
         let Some(min_nodes) = self.plan.policy.min_nodes else { return job.clone() };
         // a host that came back is welcome again
         let lost = self.lost_hosts(&self.plan.job).await;
         if lost.is_empty() {
             return self.plan.job.clone();
         }
-        let left: Vec<Host> =
-            self.plan.job.hosts.iter().filter(|host| !lost.contains(&host.name)).cloned().collect();
+        let left: Vec<Host> = self.plan.job.hosts.iter().filter(|host| !lost.contains(&host.name)).cloned().collect();
         match fewer(&self.plan.job, left, min_nodes) {
             Some(next) => {
                 self.outlet.say(&format!("without {}: {} ranks on {}", lost.join(", "), next.ranks, next.host_list()));
@@ -252,10 +254,13 @@ impl Supervisor<'_> {
             command.args(&probe.arguments).envs(probe.environment).kill_on_drop(true);
             command.stdin(std::process::Stdio::null());
             command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
-            open.push((host.name.clone(), tokio::spawn(async move {
-                let Ok(mut child) = command.spawn() else { return false };
-                matches!(tokio::time::timeout(PROBE, child.wait()).await, Ok(Ok(status)) if status.success())
-            })));
+            open.push((
+                host.name.clone(),
+                tokio::spawn(async move {
+                    let Ok(mut child) = command.spawn() else { return false };
+                    matches!(tokio::time::timeout(PROBE, child.wait()).await, Ok(Ok(status)) if status.success())
+                }),
+            ));
         }
         let mut lost = Vec::new();
         for (name, probe) in open {
@@ -285,77 +290,5 @@ impl Before {
             Some((step, digest.trim().to_owned()))
         });
         Self { empty: !run.join("config.toml").exists(), checkpoint }
-    }
-}
-
-/// What an end means.
-#[derive(Clone, Debug, PartialEq)]
-struct Failure {
-    verdict: Verdict,
-    /// Exit code of the launch if it ends here.
-    code: u8,
-    words: String,
-    /// A host that is gone would explain it.
-    host_may_be_lost: bool,
-    /// Nobody knows whether a retry helps; if it brings the same, it does not.
-    same_again_is_hopeless: bool,
-}
-
-/// Judges by the run's mark and the ranks' words first, by the engine's exit code last.
-fn judge(ended: &Ended, restarted: bool, at_once: bool) -> Failure {
-    let found = |code: Code, words: String| Failure {
-        verdict: code.verdict(),
-        code: code.number(),
-        words,
-        host_may_be_lost: matches!(code, Code::Unfinished) || code.is_echo(),
-        same_again_is_hopeless: code == Code::Panic,
-    };
-    if ended.marked {
-        return found(Code::Done, "finished".to_owned());
-    }
-    if at_once {
-        // as a shell names an end by Ctrl-C
-        let words = "ended at once; what was not saved is lost".to_owned();
-        return Failure { verdict: Verdict::Stopped, code: 130, ..found(Code::Again, words) };
-    }
-    // the first that did not merely feel what happened to another
-    let is_echo = |code: i32| Code::of(code).is_some_and(Code::is_echo);
-    let cause = ended.endings.iter().min_by(|a, b| {
-        (is_echo(a.code), a.time).partial_cmp(&(is_echo(b.code), b.time)).expect("invariant: times are numbers")
-    });
-    if let Some(cause) = cause {
-        let code = Code::of(cause.code).unwrap_or(Code::Panic);
-        return found(code, format!("rank {} on {}: {} (exit code {})", cause.rank, cause.host, cause.message, cause.code));
-    }
-    let unfinished = |words: String| found(Code::Unfinished, words);
-    match (ended.code, ended.signal) {
-        (_, Some(signal)) => unfinished(format!("the engine was killed by signal {signal}")),
-        (Some(0), _) => unfinished("the engine ended with code 0 and the run did not: a host or its connection is lost".to_owned()),
-        (Some(code), _) => match Code::of(code) {
-            Some(Code::Again) => found(Code::Again, Code::Again.meaning().to_owned()),
-            Some(code) => found(code, format!("{} (exit code {})", code.meaning(), code.number())),
-            None if code > 128 => Failure {
-                code: u8::try_from(code).unwrap_or(255),
-                ..unfinished(format!("a rank was killed by signal {} (exit code {code})", code - 128))
-            },
-            None if ended.ready || restarted => unfinished(format!("the engine ended with code {code}")),
-            None => Failure {
-                verdict: Verdict::Hopeless,
-                code: u8::try_from(code).unwrap_or(255),
-                ..unfinished(format!("the engine could not start the ranks (exit code {code})"))
-            },
-        },
-        (None, None) => unfinished("the engine is gone".to_owned()),
-    }
-}
-
-impl Verdict {
-    const fn word(self) -> &'static str {
-        match self {
-            Self::Finished => "finished",
-            Self::Stopped => "stopped",
-            Self::Retry => "retry",
-            Self::Hopeless => "hopeless",
-        }
     }
 }

@@ -6,6 +6,7 @@ mod checkpoints;
 mod failures;
 mod golden_logits;
 mod golden_step;
+mod launch;
 mod layouts;
 mod methods;
 mod planned;

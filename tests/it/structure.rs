@@ -156,6 +156,8 @@ fn the_readme_is_true() {
         "docs/checkpoints.md",
         "docs/performance.md",
         "docs/gpu.md",
+        "docs/launch.md",
+        "cluster/README.md",
     ] {
         let base = root().join(page);
         for link in read(page).split("](").skip(1) {
