@@ -38,7 +38,7 @@ finish() {
 }
 
 # Steps that a run has told of; checkpoints are as of now.
-steps() { grep -c '"loss"' "$1/metrics.jsonl" 2>/dev/null || true; }
+steps() { cat "$1/metrics.jsonl" 2>/dev/null | grep -c '"loss"' || true; }
 reached() { [ "$(steps "$1")" -ge "$2" ]; }
 weights() { sha256sum <"$1/model/model.safetensors"; }
 same_weights() { [ "$(weights "$1")" = "$(weights "$2")" ]; }
