@@ -11,7 +11,7 @@ use super::device;
 use super::ending;
 use super::launch::Launched;
 use crate::abi::{host, signals};
-use crate::config::{self, Dp};
+use crate::config::{self, Config, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
 use crate::launch::{NOTES, Notes, binding};
 use crate::run::{self, Context, MemoryWords, Outcome};
@@ -46,6 +46,25 @@ pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyho
 fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     let path = options.config.as_ref().context("--config is missing")?;
     let config = config::from_file(path, &options.set)?;
+    let context = prepare(ranks, options, &config, launched, started)?;
+    if let Some(notes) = notes().filter(|_| launched.rank == 0) {
+        // all ranks have met in `prepare`: each of them takes signals by now
+        notes.say_ready();
+    }
+    match tch::no_grad(|| run::run(&config, context))? {
+        Outcome::Finished(_) => Ok(()),
+        Outcome::Stopped => ending::to_be_continued(),
+    }
+}
+
+/// Threads, devices and logs for a configuration. All ranks call it.
+pub(super) fn prepare(
+    ranks: &Ranks,
+    options: &RunOptions,
+    config: &Config,
+    launched: &Launched,
+    started: Instant,
+) -> anyhow::Result<Context> {
     let dp = match config.parallel.dp {
         Dp::Auto => None,
         Dp::Ranks(n) => Some(n),
@@ -65,7 +84,7 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     let (fault, mpi_version) = (options.fault, ranks.version());
     let memory_words = MemoryWords::default();
     ending::explain_memory(&memory_words);
-    let context = Context {
+    Ok(Context {
         memory_words,
         world,
         device,
@@ -78,15 +97,7 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
         mpi_version,
         launch: notes().map(|notes| notes.id()),
         fault,
-    };
-    if let Some(notes) = notes().filter(|_| launched.rank == 0) {
-        // all ranks have met in `world`: each of them takes signals by now
-        notes.say_ready();
-    }
-    match tch::no_grad(|| run::run(&config, context))? {
-        Outcome::Finished(_) => Ok(()),
-        Outcome::Stopped => ending::to_be_continued(),
-    }
+    })
 }
 
 /// How long ranks without MPI wait for each other at the start.

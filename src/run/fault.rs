@@ -32,6 +32,8 @@ pub enum Phase {
     /// Before a save.
     Save,
     Export,
+    /// After the export, before the summary.
+    End,
 }
 
 impl Fault {
@@ -53,7 +55,7 @@ impl FromStr for Fault {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let refuse = || format!("{text:?}; expected panic|error|kill|hang@load|step|eval|save|export:RANK");
+        let refuse = || format!("{text:?}; expected panic|error|kill|hang@load|step|eval|save|export|end:RANK");
         let (kind, rest) = text.split_once('@').ok_or_else(refuse)?;
         let (phase, rank) = rest.split_once(':').ok_or_else(refuse)?;
         let kind = match kind {
@@ -69,6 +71,7 @@ impl FromStr for Fault {
             "eval" => Phase::Eval,
             "save" => Phase::Save,
             "export" => Phase::Export,
+            "end" => Phase::End,
             _ => return Err(refuse()),
         };
         Ok(Self { kind, phase, rank: rank.parse().map_err(|_| refuse())? })
