@@ -23,6 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const AFTER_THE_MARK: Duration = Duration::from_secs(60);
 /// How long the last output may be on its way.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// A second signal that follows so soon is the first one's echo.
+const ECHO: Duration = Duration::from_millis(1500);
 const TICK: Duration = Duration::from_millis(200);
 
 /// Signals that came to the supervisor.
@@ -30,6 +32,7 @@ pub(super) struct Requests {
     sources: [(&'static str, Signal); 4],
     /// The first one: save and stop.
     pub(super) first: Option<&'static str>,
+    since: Option<Instant>,
     /// Another one that means "now".
     pub(super) at_once: bool,
 }
@@ -62,7 +65,63 @@ impl Requests {
             on("SIGUSR1", SignalKind::user_defined1())?,
             on("SIGHUP", SignalKind::hangup())?,
         ];
-        Ok(Self { sources, first: None, at_once: false })
+        Ok(Self { sources, first: None, since: None, at_once: false })
+    }
+
+    /// Waits for the first request, and after it for one that means "now".
+    pub(super) async fn next(&mut self) -> &'static str {
+        loop {
+            let came = |context: &mut Context<'_>| {
+                let mut sources = self.sources.iter_mut();
+                let came = sources.find_map(|(name, source)| source.poll_recv(context).is_ready().then_some(*name));
+                came.map_or(Poll::Pending, Poll::Ready)
+            };
+            let name = poll_fn(came).await;
+            match self.since {
+                None => {
+                    (self.first, self.since) = (Some(name), Some(Instant::now()));
+                    return name;
+                }
+                // Slurm signals every process of a job, and the batch script hands its own signal on; SIGUSR1 only ever asks to save
+                Some(since) if since.elapsed() < ECHO || name == "SIGUSR1" => {}
+                Some(_) => {
+                    self.at_once = true;
+                    return name;
+                }
+            }
+        }
+    }
+}
+
+/// How it went.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ended {
+    /// The engine's exit code.
+    pub(super) code: Option<i32>,
+    /// The signal that ended the engine.
+    pub(super) signal: Option<i32>,
+    /// Ranks that left words before anything was ended from here.
+    pub(super) endings: Vec<Ending>,
+    /// All ranks were up.
+    pub(super) ready: bool,
+    /// The engine went on after its ranks had ended, and was ended from here.
+    pub(super) hung: bool,
+    /// The run has written its mark.
+    pub(super) marked: bool,
+    /// The end of what the engine said.
+    pub(super) tail: String,
+}
+
+impl Requests {
+    pub(super) fn listen() -> std::io::Result<Self> {
+        let on = |name, kind| Ok::<_, std::io::Error>((name, signal(kind)?));
+        let sources = [
+            on("SIGINT", SignalKind::interrupt())?,
+            on("SIGTERM", SignalKind::terminate())?,
+            on("SIGUSR1", SignalKind::user_defined1())?,
+            on("SIGHUP", SignalKind::hangup())?,
+        ];
+        Ok(Self { sources, first: None, since: None, at_once: false })
     }
 
     /// Waits for the next signal and notes it.
@@ -73,9 +132,11 @@ impl Requests {
             came.map_or(Poll::Pending, Poll::Ready)
         };
         let name = poll_fn(came).await;
-        // SIGUSR1 may come several times, from Slurm and from a batch script
-        self.at_once |= self.first.is_some() && name != "SIGUSR1";
+        // the same request may come several times: from Slurm to every process of a job, and from a batch script besides
+        let meant = self.since.is_some_and(|since| since.elapsed() > ECHO);
+        self.at_once |= meant && name != "SIGUSR1";
         self.first.get_or_insert(name);
+        self.since.get_or_insert_with(Instant::now);
         name
     }
 }

@@ -151,6 +151,7 @@ impl Supervisor<'_> {
                 &json!({ "launch": notes.id(), "engine_code": ended.code, "engine_signal": ended.signal, "code": failure.code,
                          "verdict": failure.verdict.word(), "message": failure.words, "ranks_that_spoke": ended.endings,
                          "engine_ended_by_us": ended.hung, "asked": requests.first,
+                         "last_output": (failure.code != 0).then_some(ended.tail),
                          "seconds": start.elapsed().as_secs_f64() }),
             );
             if failure.verdict == Verdict::Retry && failure.host_may_be_lost {
