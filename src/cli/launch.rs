@@ -279,11 +279,16 @@ fn outlet(run: &Path) -> anyhow::Result<Outlet> {
     let log = log.with_context(|| path.display().to_string())?;
     Ok(Outlet::new(move |stream, bytes| {
         let mut log = &log;
-        let words;
+        let (words, rest);
         let bytes = match stream {
             Stream::Own => {
                 words = format!("launch: {}\n", String::from_utf8_lossy(bytes));
                 words.as_bytes()
+            }
+            // mpirun ends some of its messages with a zero
+            _ if bytes.contains(&0) => {
+                rest = bytes.iter().copied().filter(|&byte| byte != 0).collect::<Vec<u8>>();
+                &rest
             }
             _ => bytes,
         };

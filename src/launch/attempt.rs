@@ -93,54 +93,6 @@ impl Requests {
     }
 }
 
-/// How it went.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Ended {
-    /// The engine's exit code.
-    pub(super) code: Option<i32>,
-    /// The signal that ended the engine.
-    pub(super) signal: Option<i32>,
-    /// Ranks that left words before anything was ended from here.
-    pub(super) endings: Vec<Ending>,
-    /// All ranks were up.
-    pub(super) ready: bool,
-    /// The engine went on after its ranks had ended, and was ended from here.
-    pub(super) hung: bool,
-    /// The run has written its mark.
-    pub(super) marked: bool,
-    /// The end of what the engine said.
-    pub(super) tail: String,
-}
-
-impl Requests {
-    pub(super) fn listen() -> std::io::Result<Self> {
-        let on = |name, kind| Ok::<_, std::io::Error>((name, signal(kind)?));
-        let sources = [
-            on("SIGINT", SignalKind::interrupt())?,
-            on("SIGTERM", SignalKind::terminate())?,
-            on("SIGUSR1", SignalKind::user_defined1())?,
-            on("SIGHUP", SignalKind::hangup())?,
-        ];
-        Ok(Self { sources, first: None, since: None, at_once: false })
-    }
-
-    /// Waits for the next signal and notes it.
-    pub(super) async fn next(&mut self) -> &'static str {
-        let came = |context: &mut Context<'_>| {
-            let mut sources = self.sources.iter_mut();
-            let came = sources.find_map(|(name, source)| source.poll_recv(context).is_ready().then_some(*name));
-            came.map_or(Poll::Pending, Poll::Ready)
-        };
-        let name = poll_fn(came).await;
-        // the same request may come several times: from Slurm to every process of a job, and from a batch script besides
-        let meant = self.since.is_some_and(|since| since.elapsed() > ECHO);
-        self.at_once |= meant && name != "SIGUSR1";
-        self.first.get_or_insert(name);
-        self.since.get_or_insert_with(Instant::now);
-        name
-    }
-}
-
 /// The output of whichever of two futures ends first; the first one has precedence.
 pub(super) async fn either<A, B>(first: impl Future<Output = A>, second: impl Future<Output = B>) -> Either<A, B> {
     let (mut first, mut second) = (pin!(first), pin!(second));
