@@ -59,7 +59,7 @@ pub(super) struct LaunchOptions {
     #[arg(long, value_name = "S", default_value_t = 10)]
     keepalive: u64,
     /// Seconds that the engine may go on after a rank has ended with an error
-    #[arg(long, value_name = "S", default_value_t = 4.0, hide = true)]
+    #[arg(long, value_name = "S", default_value_t = 3.0, hide = true)]
     grace: f64,
     /// Write a batch script into the run folder and hand it to sbatch
     #[arg(long, requires = "nodes")]

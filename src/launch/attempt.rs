@@ -18,11 +18,11 @@ use super::supervisor::{Outlet, Stream};
 use crate::abi::signals;
 
 /// How long the engine may take to end after SIGTERM.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take once the run has written its mark.
 const AFTER_THE_MARK: Duration = Duration::from_secs(60);
 /// How long the last output may be on its way.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// A second signal that follows so soon is the first one's echo.
 const ECHO: Duration = Duration::from_millis(1500);
 const TICK: Duration = Duration::from_millis(200);
@@ -193,9 +193,12 @@ pub(super) async fn attempt(
     use std::os::unix::process::ExitStatusExt;
     (ended.code, ended.signal) = (status.code(), status.signal());
     // what the engine has started may hold its pipes open
-    for copy in copies {
-        let _ = tokio::time::timeout(LAST_WORDS, copy).await;
-    }
+    let copied = async {
+        for copy in copies {
+            let _ = copy.await;
+        }
+    };
+    let _ = tokio::time::timeout(LAST_WORDS, copied).await;
     ended.marked = has_mark(run, &notes.id());
     let _ = std::fs::remove_file(&stop);
     ended.tail = String::from_utf8_lossy(&tail.lock().unwrap_or_else(PoisonError::into_inner)).into_owned();

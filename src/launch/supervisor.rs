@@ -285,7 +285,7 @@ pub(super) struct Before {
 impl Before {
     fn look(run: &Path) -> Self {
         let store = Store::of_run(run);
-        let newest = store.steps().last().copied();
+        let newest = store.steps().ok().and_then(|steps| steps.last().copied());
         let checkpoint = newest.and_then(|step| {
             let digest = std::fs::read_to_string(store.folder().join(format!("step_{step:06}/COMPLETE"))).ok()?;
             Some((step, digest.trim().to_owned()))
