@@ -54,7 +54,8 @@ pub(super) fn judge(ended: &Ended, restarted: bool, at_once: bool) -> Failure {
         (Some(code), _) => match Code::of(code) {
             Some(Code::Again) => found(Code::Again, Code::Again.meaning().to_owned()),
             Some(code) => found(code, format!("{} (exit code {})", code.meaning(), code.number())),
-            None if code > 128 => Failure {
+            // mpirun has codes of its own above those of signals
+            None if (129..160).contains(&code) => Failure {
                 code: u8::try_from(code).unwrap_or(255),
                 ..unfinished(format!("a rank was killed by signal {} (exit code {code})", code - 128))
             },
