@@ -86,12 +86,12 @@ impl Engine {
     fn mpirun(&self, job: &Job, all_hosts: bool) -> Vec<String> {
         let ranks = job.ranks.to_string();
         let hosts = job.host_list();
-        // inside a Slurm job mpirun asks Slurm; what is named then is a choice of its hosts
-        let named = !job.hosts.is_empty() && !(self.allocated && all_hosts);
+        // inside a Slurm job mpirun asks Slurm; hosts are named there only to leave some out
+        let known = job.hosts.is_empty() || (self.allocated && all_hosts);
         let mut words = vec!["-n", &ranks];
         match self.dialect {
             Dialect::Mpich => {
-                if named {
+                if !known {
                     words.extend(["-hosts", &hosts]);
                 }
                 words.extend(["-bind-to", "none"]);
@@ -100,7 +100,7 @@ impl Engine {
                 }
             }
             Dialect::OpenMpi4 | Dialect::OpenMpi5 => {
-                if named {
+                if !known {
                     words.extend(["--host", &hosts]);
                 }
                 // on this machine alone, slots are cores; ranks may outnumber them
