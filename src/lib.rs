@@ -10,6 +10,7 @@ pub mod data;
 pub mod dist;
 pub mod eval;
 pub mod kernels;
+pub mod launch;
 pub mod model;
 pub mod plan;
 pub mod report;

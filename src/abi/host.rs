@@ -67,6 +67,23 @@ pub fn allowed_cores() -> Vec<usize> {
     Vec::new()
 }
 
+/// Lets this thread, and those that it starts from here on, run on `cores` only; says whether the system agreed.
+#[cfg(target_os = "linux")]
+pub fn bind(cores: &[usize]) -> bool {
+    // SAFETY: the set is plain old data of the size that is passed; numbers beyond it are left out.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        cores.iter().filter(|&&core| core < libc::CPU_SETSIZE as usize).for_each(|&core| libc::CPU_SET(core, &mut set));
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) == 0
+    }
+}
+
+/// Elsewhere threads go where the system puts them.
+#[cfg(not(target_os = "linux"))]
+pub fn bind(_: &[usize]) -> bool {
+    false
+}
+
 /// Sets an environment variable for libraries that read theirs when they are first called.
 ///
 /// Call it from the main thread before such a library starts threads of its own.

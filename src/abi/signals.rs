@@ -41,3 +41,29 @@ pub fn free_bytes(path: &std::path::Path) -> Option<u64> {
         (libc::statvfs(path.as_ptr(), &raw mut stat) == 0).then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
     }
 }
+
+/// Sends a signal to a process, or to its whole group; one that is gone is none's loss.
+pub fn send(process: u32, group: bool, signal: &str) {
+    let number = match signal {
+        "SIGUSR1" => libc::SIGUSR1,
+        "SIGTERM" => libc::SIGTERM,
+        _ => libc::SIGKILL,
+    };
+    let process = process as libc::pid_t;
+    // SAFETY: no memory is involved.
+    unsafe { libc::kill(if group { -process } else { process }, number) };
+}
+
+/// Lets a process that will be started end with the thread that starts it, by SIGTERM, and puts it into a group of its own.
+pub fn end_with_us(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    command.process_group(0);
+    #[cfg(target_os = "linux")]
+    // SAFETY: between fork and exec only one system call is made.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
+            Ok(())
+        });
+    }
+}

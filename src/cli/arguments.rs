@@ -31,6 +31,8 @@ pub(super) enum Verb {
     Run(RunOptions),
     /// Measure a model, or compare what was measured of several: TOFU, MUSE, WMDP, MMLU, perplexity, membership
     Eval(super::eval::EvalOptions),
+    /// Start the ranks of a run with mpirun, srun or sbatch, look after them, and start them again where that helps
+    Launch(super::launch::LaunchOptions),
     /// Show or describe configurations
     Config {
         #[command(subcommand)]

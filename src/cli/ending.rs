@@ -7,29 +7,14 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
+use crate::launch::{Code, Ending, Notes};
 use crate::run::MemoryWords;
-
-/// Exit code after a panic.
-const EXIT_PANIC: i32 = 101;
-/// Exit code after a collective outlasted its deadline.
-const EXIT_TIMEOUT: i32 = 102;
-/// Exit code after the launcher has died.
-const EXIT_ORPHAN: i32 = 103;
-
-/// Exit code after a device ran out of memory: trying again changes nothing.
-const EXIT_MEMORY: i32 = 104;
-
-/// Exit code of a rank without MPI after another rank has broken off.
-const EXIT_LOSS: i32 = 105;
-
-/// Exit code of a run that was asked to stop and has saved its state: start it again (`EX_TEMPFAIL` of sysexits.h).
-const EXIT_AGAIN: u8 = 75;
 
 static CODE: AtomicU8 = AtomicU8::new(0);
 
 /// Lets the process end with the code that says "run me again", once MPI is finalised.
 pub(super) fn to_be_continued() -> anyhow::Result<()> {
-    CODE.store(EXIT_AGAIN, Ordering::Relaxed);
+    CODE.store(Code::Again.number(), Ordering::Relaxed);
     Ok(())
 }
 
@@ -40,6 +25,12 @@ pub(super) fn code() -> ExitCode {
 
 static JSON: AtomicBool = AtomicBool::new(false);
 static MEMORY: OnceLock<MemoryWords> = OnceLock::new();
+static NOTES: OnceLock<Notes> = OnceLock::new();
+
+/// From here on the last words of this rank are left for its supervisor too.
+pub(super) fn leave_notes(notes: &Notes) {
+    let _ = NOTES.set(notes.clone());
+}
 
 /// From here on a message about a lack of memory says what the memory is for and what to change.
 pub(super) fn explain_memory(words: &MemoryWords) {
@@ -53,14 +44,18 @@ pub(super) fn speak_json() {
 
 /// Ends this process, and with it all ranks, because of an error that all of them, or this one alone, have found.
 pub(super) fn end_job(rank: usize, message: &str) -> ! {
-    say(rank, message);
-    abort_job(i32::from(super::EXIT_REFUSED));
-    std::process::exit(i32::from(super::EXIT_REFUSED));
+    say(rank, message, Code::Refused);
+    end_with(Code::Refused)
+}
+
+fn end_with(code: Code) -> ! {
+    abort_job(i32::from(code.number()));
+    std::process::exit(i32::from(code.number()))
 }
 
 /// As [`end_job`] where nothing was started yet.
 pub(super) fn refuse(rank: usize, message: &str) -> ExitCode {
-    say(rank, message);
+    say(rank, message, Code::Refused);
     ExitCode::from(super::EXIT_REFUSED)
 }
 
@@ -78,13 +73,12 @@ pub(super) fn on_panic_end_the_job(rank: usize) {
         let place = info.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
         tracing::debug!("panic: {text}");
         if first.contains("out of memory") {
-            say_now(rank, &out_of_memory(first, &MEMORY.get().map(MemoryWords::get).unwrap_or_default()));
-            abort_job(EXIT_MEMORY);
-            std::process::exit(EXIT_MEMORY);
+            let words = MEMORY.get().map(MemoryWords::get).unwrap_or_default();
+            say_now(rank, &out_of_memory(first, &words), Code::Memory);
+            end_with(Code::Memory);
         }
-        say_now(rank, &format!("{first}{place}"));
-        abort_job(EXIT_PANIC);
-        std::process::exit(EXIT_PANIC);
+        say_now(rank, &format!("{first}{place}"), Code::Panic);
+        end_with(Code::Panic);
     }));
 }
 
@@ -99,15 +93,15 @@ fn out_of_memory(text: &str, words: &str) -> String {
 
 /// What the watchdog does when a deadline has passed; it runs on its own thread and must not call MPI.
 pub(super) fn on_timeout(rank: usize, message: &str) {
-    say_now(rank, message);
-    std::process::exit(EXIT_TIMEOUT);
+    say_now(rank, message, Code::Deadline);
+    std::process::exit(i32::from(Code::Deadline.number()));
 }
 
 /// What a rank without MPI does when another one has broken off: it ends too, once whatever it has to say itself is said.
 pub(super) fn on_loss(rank: usize, peer: usize) {
     std::thread::sleep(Duration::from_secs(3));
-    say_now(rank, &format!("rank {peer} has broken off"));
-    std::process::exit(EXIT_LOSS);
+    say_now(rank, &format!("rank {peer} has broken off"), Code::Loss);
+    std::process::exit(i32::from(Code::Loss.number()));
 }
 
 /// Ends this process when the launcher that started it is gone.
@@ -120,8 +114,8 @@ pub(super) fn with_the_launcher(rank: usize) {
         while parent_id() == launcher {
             std::thread::sleep(Duration::from_secs(1));
         }
-        say_now(rank, &format!("the launcher (process {launcher}) is gone"));
-        std::process::exit(EXIT_ORPHAN);
+        say_now(rank, &format!("the launcher (process {launcher}) is gone"), Code::Orphan);
+        std::process::exit(i32::from(Code::Orphan.number()));
     });
 }
 
@@ -137,14 +131,19 @@ pub(super) fn in_words(error: &anyhow::Error) -> String {
 }
 
 /// Rank 0 speaks at once; the others give it time to speak for all, because most errors are found by all ranks alike.
-fn say(rank: usize, message: &str) {
+fn say(rank: usize, message: &str, code: Code) {
     if rank > 0 {
         std::thread::sleep(Duration::from_millis(1500));
     }
-    say_now(rank, message);
+    say_now(rank, message, code);
 }
 
-fn say_now(rank: usize, message: &str) {
+fn say_now(rank: usize, message: &str, code: Code) {
+    if let Some(notes) = NOTES.get() {
+        let host = sysinfo::System::host_name().unwrap_or_default();
+        let time = std::time::UNIX_EPOCH.elapsed().map_or(0.0, |time| time.as_secs_f64());
+        notes.leave(&Ending { rank, host, code: i32::from(code.number()), message: message.to_owned(), time });
+    }
     // the rank's log file keeps it too
     tracing::debug!("ended: {message}");
     let line = if JSON.load(Ordering::Relaxed) {

@@ -29,15 +29,16 @@ use clap::Parser;
 use crate::checkpoint::write_random;
 use crate::config;
 use crate::data::{small_model, synth};
+use crate::launch::Code;
 use crate::model::families;
 
 /// Exit code for a mistake in command, configuration or data: trying again changes nothing.
-pub const EXIT_REFUSED: u8 = 2;
+pub const EXIT_REFUSED: u8 = Code::Refused.number();
 
 /// Parses the command line and runs it.
 pub fn main() -> ExitCode {
     let started = Instant::now();
-    let launched = launch::Launched::from_environment();
+    let launched = launch::Launched::from_lookup(|name| std::env::var(name).ok());
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -58,6 +59,10 @@ pub fn main() -> ExitCode {
     let result = match arguments.verb {
         None => run::run(&arguments.run, &launched, started),
         Some(Verb::Run(run)) => run::run(&run, &launched, started),
+        Some(Verb::Launch(options)) => match launch::launch(&options) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
         Some(Verb::Config { verb: ConfigVerb::Schema }) => {
             println!("{}", config::json_schema());
             Ok(())

@@ -1,5 +1,6 @@
 //! The verb `run`: configuration, ranks, threads and logs, then [`crate::run`].
 
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -13,11 +14,19 @@ use super::report;
 use crate::abi::{host, signals};
 use crate::config::{self, Config, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
+use crate::launch::{NOTES, Notes, binding};
 use crate::run::{self, Context, MemoryWords, Outcome};
 use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
 
 pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
+    // before anything else: a signal that comes early is a request too
+    signals::note_requests();
     with_ranks(launched, |ranks| run_on(ranks, options, launched, started))
+}
+
+/// Where a supervisor wants to hear of its ranks.
+fn notes() -> Option<Notes> {
+    std::env::var_os(NOTES).map(|folder| Notes::new(Path::new(&folder)))
 }
 
 /// Starts the ranks and runs `body`. An error ends the whole job here, while MPI is up: finalising it would wait for ranks
@@ -25,6 +34,9 @@ pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -
 pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyhow::Result<()>) -> anyhow::Result<()> {
     host::keep_freed_memory();
     ending::on_panic_end_the_job(launched.rank);
+    if let Some(notes) = notes() {
+        ending::leave_notes(&notes);
+    }
     let ranks = Ranks::start(launched)?;
     if let Err(error) = body(&ranks) {
         ending::end_job(launched.rank, &ending::in_words(&error));
@@ -37,7 +49,10 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     let config = config::from_file(path, &options.set)?;
     let context = context(ranks, &config, options, launched, started)?;
     let is_first = context.world.is_first();
-    signals::note_requests();
+    if let Some(notes) = notes().filter(|_| launched.rank == 0) {
+        // all ranks have met in `context`: each of them takes signals by now
+        notes.say_ready();
+    }
     match tch::no_grad(|| run::run(&config, context))? {
         Outcome::Finished(_) => {
             if is_first {
@@ -87,6 +102,7 @@ pub(super) fn context(
         overwrite,
         force_resume,
         mpi_version,
+        launch: notes().map(|notes| notes.id()),
         fault,
     })
 }
@@ -124,10 +140,10 @@ impl Ranks {
         {
             let environment = crate::abi::mpi::initialise().context("MPI was initialised before")?;
             let size = environment.size();
-            if size == 1 && launched.world > 1 {
+            if size != launched.world && launched.world > 1 {
                 bail!(
-                    "the launcher started {} processes, but in {} each of them is alone: start dunlearn with that library's own mpirun, with \
-                     `srun --mpi=pmix`, or build it with the launcher's MPICC",
+                    "the launcher started {} processes, but in {} {size} of them know of each other: start dunlearn with that library's own \
+                     mpirun, with `srun --mpi=pmix`, or build it with the launcher's MPICC",
                     launched.world,
                     crate::abi::mpi::library_version()
                 );
@@ -191,18 +207,29 @@ pub(super) fn progress_mode(choice: ProgressChoice, rank: usize, format: LogForm
 }
 
 /// Threads of this rank; 0: what `OMP_NUM_THREADS` says, or else this rank's fair share of the cores that the launcher left to
-/// it. All ranks call it.
+/// it. With `DUNLEARN_BIND=core` (of `dunlearn launch`) ranks that nobody has bound share the host's cores out among
+/// themselves. All ranks call it.
 pub(super) fn set_threads(threads: usize, world: &World) -> anyhow::Result<()> {
     let asked = std::env::var("OMP_NUM_THREADS").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
     let mine = host::allowed_cores();
     let name = sysinfo::System::host_name().unwrap_or_default();
     let words: Vec<String> = mine.iter().map(usize::to_string).collect();
     let all = world.world.gather_bytes(format!("{name}\n{}", words.join(" ")).as_bytes());
-    let neighbours = all.iter().filter_map(|bytes| {
+    let neighbours = all.iter().enumerate().filter_map(|(rank, bytes)| {
         let (host, cores) = std::str::from_utf8(bytes).ok()?.split_once('\n')?;
-        (host == name).then(|| cores.split(' ').filter_map(|core| core.parse().ok()).collect())
+        (host == name).then(|| (rank, cores.split(' ').filter_map(|core| core.parse().ok()).collect::<Vec<usize>>()))
     });
-    let fair = share(&mine, &neighbours.collect::<Vec<_>>());
+    let (ranks, neighbours): (Vec<usize>, Vec<Vec<usize>>) = neighbours.unzip();
+    let mut fair = share(&mine, &neighbours);
+    let may_bind = std::env::var("DUNLEARN_BIND").is_ok_and(|what| what == "core");
+    if may_bind && neighbours.iter().all(|cores| *cores == mine) {
+        let index = ranks.iter().position(|&rank| rank == world.mesh.rank).unwrap_or(0);
+        if let Some((cpus, cores)) = binding::share(&binding::topology(&mine), index, ranks.len())
+            && host::bind(&cpus)
+        {
+            fair = cores;
+        }
+    }
     let threads = [threads, asked, fair].into_iter().find(|&n| n > 0).unwrap_or(1);
     tch::set_num_threads(i32::try_from(threads)?);
     Ok(())

@@ -76,6 +76,8 @@ pub struct Context {
     pub force_resume: bool,
     /// MPI library, where there is one.
     pub mpi_version: Option<String>,
+    /// Name of the supervised start, written into the summary: the sign that this start came to its end.
+    pub launch: Option<String>,
     /// A fault to put in.
     pub fault: Option<Fault>,
     /// Where the run leaves what is to be said when memory runs out.

@@ -20,6 +20,9 @@ use crate::telemetry::{Console, table};
 pub struct Summary {
     pub version: &'static str,
     pub config_digest: String,
+    /// Name of the start that came to its end, under `dunlearn launch`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub launch: Option<String>,
     pub model: ModelLine,
     pub mesh: MeshLine,
     pub device: &'static str,
@@ -109,6 +112,7 @@ impl Summary {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             config_digest: config::digest(config),
+            launch: context.launch.clone(),
             model: ModelLine {
                 path: config.model.path.clone(),
                 family: inputs.arch.family,

@@ -9,6 +9,7 @@ mod failures;
 mod generation;
 mod golden_logits;
 mod golden_step;
+mod launch;
 mod layouts;
 mod methods;
 mod planned;

@@ -161,6 +161,8 @@ fn the_readme_is_true() {
         "docs/gpu.md",
         "docs/generation.md",
         "docs/attacks.md",
+        "docs/launch.md",
+        "cluster/README.md",
     ] {
         let base = root().join(page);
         for link in read(page).split("](").skip(1) {
