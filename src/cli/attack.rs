@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::arguments::{LogChoice, ProgressChoice, RunOptions};
 use super::launch::Launched;
-use super::run::{prepare, with_ranks};
+use super::run::{context, with_ranks};
 use crate::config;
 use crate::eval::compare::side_by_side;
 use crate::eval::{Evaluation, record};
@@ -50,7 +50,7 @@ pub(super) fn attack(options: &AttackArguments, launched: &Launched, started: In
             log_format: LogChoice::Text,
             fault: None,
         };
-        let context = prepare(ranks, &as_run, &config, launched, started)?;
+        let context = context(ranks, &config, &as_run, launched, started)?;
         let how = AttackOptions { model: options.model.clone() };
         let out = tch::no_grad(|| attack::attack(&config, &how, &context))?;
         if context.world.is_first() {

@@ -68,7 +68,7 @@ impl Inputs {
             }
         }
         scope::narrow(&mut table, config)?;
-        let Sets { anchors, retain, watched, similar } = sets(config)?;
+        let Sets { anchors, retain, watched, similar, encoder } = sets(config)?;
         let anchors_name = if config.method.objective.learns() { "train" } else { "forget" };
         let stored_kind = weights.as_ref().map_or(Kind::Float, Folder::kind);
         let mut inputs = Self {
@@ -291,6 +291,8 @@ pub struct Sets {
     pub watched: Option<Dataset>,
     /// Like the anchors, by name.
     pub similar: Vec<(String, Dataset)>,
+    /// Tokenizer and template of all of them.
+    pub encoder: Encoder,
 }
 
 /// Reads the samples of a run; needs no weights.
@@ -317,7 +319,7 @@ pub fn sets(config: &Config) -> Result<Sets, RunError> {
         Ok::<_, RunError>((format!("similar_{}", index + 1), set))
     });
     let similar = similar.collect::<Result<_, _>>()?;
-    Ok(Sets { anchors, retain, watched, similar })
+    Ok(Sets { anchors, retain, watched, similar, encoder })
 }
 
 /// How this rank's share of what is trained is cut.

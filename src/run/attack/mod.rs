@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::evaluation::Evaluator;
+use super::evaluation::forward;
 use super::frozen::{Frozen, facts, model_folder};
-use super::{Context, RunError, forward_options};
+use super::{Context, RunError};
 use crate::config::{Attack, Config, Eval, QuantisationName, Template, TemplateName};
 use crate::data::{Dataset, Encoder};
 use crate::eval::attack::{Quantisation, latent, put_latent, quantise};
@@ -110,7 +111,7 @@ fn still(
     let facts = facts(&target.folder, config, world)?;
     let model = Frozen::load(facts, config, world, context.device, &context.console)?;
     let measure = |weights: &Weights, label: &str| {
-        let asked = Asked { weights, ..model.asked(world, forward_options(config)) };
+        let asked = Asked { weights, ..model.asked(world, forward(config)) };
         evaluator.measure(asked, &encoder, label, &model.facts, context)
     };
     let label = |attack: &str| match target.name {
@@ -135,7 +136,7 @@ fn still(
         };
         let adversary = Adversary { edge: how.layer, radius: how.radius, steps: how.steps };
         let mut bar = context.console.progress("latent attack", count.div_ceil(world.mesh.dp) as u64, "samples");
-        let asked = model.asked(world, forward_options(config));
+        let asked = model.asked(world, forward(config));
         let scores = latent(asked, &set.samples[..count], adversary, config.run.seed, |n| bar.advance(n as u64, ""));
         drop(bar);
         put_latent(&mut plain, &scores);
