@@ -43,6 +43,10 @@ pub(super) enum Verb {
     },
     /// Compare this machine's devices, or the ranks of a launcher, with one CPU: losses, gradients and weights of small models
     Check(CheckOptions),
+    /// Examine ranks, hosts, versions, limits, disk and links before a run; launched like one
+    Doctor(super::doctor::DoctorOptions),
+    /// Where a run is, and whether it lives
+    Status(super::status::StatusOptions),
     /// Write the model of a run's checkpoint as a Hugging Face folder; under a launcher all ranks write files
     Export(ExportOptions),
     /// List, verify and compare checkpoints
@@ -93,7 +97,10 @@ pub(super) struct RunOptions {
     /// Log lines for people or for machines
     #[arg(long, value_enum, default_value_t = LogChoice::Text)]
     pub(super) log_format: LogChoice,
-    /// Let a rank fail: panic|error|kill|hang@load|step|eval|save|export:RANK
+    /// As run.status_addr: tell the status over HTTP on this port of the machine, or on HOST:PORT
+    #[arg(long, value_name = "ADDR")]
+    pub(super) status_addr: Option<String>,
+    /// Let a rank fail: panic|error|kill|stop|hang|order|slow@load|step|collective|eval|save|export[.COUNT]:RANK
     #[arg(long, value_name = "FAULT", hide = true)]
     pub(super) fault: Option<Fault>,
 }

@@ -5,13 +5,16 @@ use std::os::unix::process::parent_id;
 use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
+use crate::abi::host;
+use crate::dist::Alarm;
 use crate::run::MemoryWords;
 
 /// Exit code after a panic.
 const EXIT_PANIC: i32 = 101;
-/// Exit code after a collective outlasted its deadline.
+/// Exit code after a wait outlasted its deadline.
 const EXIT_TIMEOUT: i32 = 102;
 /// Exit code after the launcher has died.
 const EXIT_ORPHAN: i32 = 103;
@@ -19,11 +22,14 @@ const EXIT_ORPHAN: i32 = 103;
 /// Exit code after a device ran out of memory: trying again changes nothing.
 const EXIT_MEMORY: i32 = 104;
 
-/// Exit code of a rank without MPI after another rank has broken off.
+/// Exit code of a rank after another one has failed or broken off.
 const EXIT_LOSS: i32 = 105;
 
 /// Exit code of a run that was asked to stop and has saved its state: start it again (`EX_TEMPFAIL` of sysexits.h).
 const EXIT_AGAIN: u8 = 75;
+
+/// Exit code where what was asked about is not as it should be: a dead run, records that part.
+const EXIT_NO: u8 = 1;
 
 static CODE: AtomicU8 = AtomicU8::new(0);
 
@@ -33,17 +39,55 @@ pub(super) fn to_be_continued() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Lets the process end with a code that answers a question with no.
+pub(super) fn answer_no() {
+    CODE.store(EXIT_NO, Ordering::Relaxed);
+}
+
 /// The exit code where nothing went wrong.
 pub(super) fn code() -> ExitCode {
     ExitCode::from(CODE.load(Ordering::Relaxed))
 }
 
+/// Longest time for ending the other ranks.
+const ENDING: Duration = Duration::from_secs(5);
+
+type Hook = Box<dyn Fn(&str) + Send + Sync>;
+
+static HOOK: OnceLock<Hook> = OnceLock::new();
 static JSON: AtomicBool = AtomicBool::new(false);
 static MEMORY: OnceLock<MemoryWords> = OnceLock::new();
 
 /// From here on a message about a lack of memory says what the memory is for and what to change.
 pub(super) fn explain_memory(words: &MemoryWords) {
     let _ = MEMORY.set(words.clone());
+}
+
+/// From here on `hook` hears why this process ends before anybody else does, unless it ends as it should.
+pub(super) fn tell_first(hook: impl Fn(&str) + Send + Sync + 'static) {
+    let _ = HOOK.set(Box::new(hook));
+}
+
+fn leave_word(message: &str) {
+    if let Some(hook) = HOOK.get() {
+        hook(message);
+    }
+}
+
+/// Runs what waits for other ranks outside of any collective of ours; where it lasts longer than `limit`, the process ends with `words`.
+pub(super) fn within<T>(rank: usize, limit: Duration, words: &str, body: impl FnOnce() -> T) -> T {
+    let (done, waits) = channel::<()>();
+    let words = format!("{words} within {} s", limit.as_secs());
+    std::thread::spawn(move || {
+        if waits.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            leave_word(&words);
+            say_now(rank, &words);
+            host::end_now(EXIT_TIMEOUT);
+        }
+    });
+    let result = body();
+    drop(done);
+    result
 }
 
 /// From here on the last message is a JSON object as the log lines are.
@@ -53,6 +97,7 @@ pub(super) fn speak_json() {
 
 /// Ends this process, and with it all ranks, because of an error that all of them, or this one alone, have found.
 pub(super) fn end_job(rank: usize, message: &str) -> ! {
+    leave_word(message);
     say(rank, message);
     abort_job(i32::from(super::EXIT_REFUSED));
     std::process::exit(i32::from(super::EXIT_REFUSED));
@@ -78,11 +123,15 @@ pub(super) fn on_panic_end_the_job(rank: usize) {
         let place = info.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
         tracing::debug!("panic: {text}");
         if first.contains("out of memory") {
-            say_now(rank, &out_of_memory(first, &MEMORY.get().map(MemoryWords::get).unwrap_or_default()));
+            let words = out_of_memory(first, &MEMORY.get().map(MemoryWords::get).unwrap_or_default());
+            leave_word(&words);
+            say_now(rank, &words);
             abort_job(EXIT_MEMORY);
             std::process::exit(EXIT_MEMORY);
         }
-        say_now(rank, &format!("{first}{place}"));
+        let words = format!("{first}{place}");
+        leave_word(&words);
+        say_now(rank, &words);
         abort_job(EXIT_PANIC);
         std::process::exit(EXIT_PANIC);
     }));
@@ -97,17 +146,25 @@ fn out_of_memory(text: &str, words: &str) -> String {
     if words.is_empty() { tried } else { format!("{tried}: {words}") }
 }
 
-/// What the watchdog does when a deadline has passed; it runs on its own thread and must not call MPI.
-pub(super) fn on_timeout(rank: usize, message: &str) {
-    say_now(rank, message);
-    std::process::exit(EXIT_TIMEOUT);
+/// What happens when the watchdog calls; it runs on its own thread and must not call MPI, and nothing may wait for a device.
+pub(super) fn on_alarm(rank: usize, alarm: &Alarm) {
+    let (code, words) = match alarm {
+        Alarm::Deadline(words) => (EXIT_TIMEOUT, words),
+        Alarm::DeadlineElsewhere(words) => (EXIT_TIMEOUT, words),
+        Alarm::OtherRank(words) => (EXIT_LOSS, words),
+    };
+    leave_word(words);
+    say_now(rank, words);
+    host::end_now(code);
 }
 
 /// What a rank without MPI does when another one has broken off: it ends too, once whatever it has to say itself is said.
 pub(super) fn on_loss(rank: usize, peer: usize) {
+    let words = format!("rank {peer} has broken off");
+    leave_word(&words);
     std::thread::sleep(Duration::from_secs(3));
-    say_now(rank, &format!("rank {peer} has broken off"));
-    std::process::exit(EXIT_LOSS);
+    say_now(rank, &words);
+    host::end_now(EXIT_LOSS);
 }
 
 /// Ends this process when the launcher that started it is gone.
@@ -120,8 +177,10 @@ pub(super) fn with_the_launcher(rank: usize) {
         while parent_id() == launcher {
             std::thread::sleep(Duration::from_secs(1));
         }
-        say_now(rank, &format!("the launcher (process {launcher}) is gone"));
-        std::process::exit(EXIT_ORPHAN);
+        let words = format!("the launcher (process {launcher}) is gone");
+        leave_word(&words);
+        say_now(rank, &words);
+        host::end_now(EXIT_ORPHAN);
     });
 }
 
@@ -165,6 +224,11 @@ fn say_now(rank: usize, message: &str) {
 fn abort_job(code: i32) {
     if crate::abi::mpi::is_active() {
         std::thread::sleep(Duration::from_millis(300));
+        // MPI_Abort talks to daemons that may be gone
+        std::thread::spawn(move || {
+            std::thread::sleep(ENDING);
+            host::end_now(code);
+        });
         crate::abi::mpi::abort(code);
     }
 }

@@ -9,10 +9,12 @@ mod bench;
 mod check;
 mod checkpoint;
 mod device;
+mod doctor;
 mod ending;
 mod launch;
 mod methods;
 mod run;
+mod status;
 mod weights;
 
 use std::process::ExitCode;
@@ -63,6 +65,8 @@ pub fn main() -> ExitCode {
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Checkpoint(options) }) => bench::checkpoint(&options, &launched),
         Some(Verb::Check(options)) => check::check(&options, &launched),
+        Some(Verb::Doctor(options)) => doctor::doctor(&options, &launched),
+        Some(Verb::Status(options)) => status::status(&options),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
         Some(Verb::Weights { verb }) => weights::weights(&verb, &launched),

@@ -62,6 +62,8 @@ impl Journal<'_> {
             line["retain_weight"] = json!(trainer.method.retain_weight);
         }
         self.metrics.write(&line)?;
+        context.board.step(step + 1, losses.total, seconds, work.tokens);
+        context.board.update(|status| status.device_bytes = line["device_bytes"].as_u64().unwrap_or(0));
         self.tokens += work.tokens;
         self.comm_seconds = communication;
         tracing::debug!(step = step + 1, loss = losses.total, grad_norm = report.grad_norm, seconds);

@@ -4,6 +4,7 @@
 
 mod checkpoints;
 mod failures;
+mod faults;
 mod golden_logits;
 mod golden_step;
 mod layouts;
@@ -17,5 +18,6 @@ mod scopes;
 mod structure;
 mod tiny;
 mod toy_head;
+mod watch;
 mod weights;
 mod without_mpi;

@@ -154,6 +154,7 @@ fn the_readme_is_true() {
         "docs/scopes.md",
         "docs/weights.md",
         "docs/checkpoints.md",
+        "docs/failures.md",
         "docs/performance.md",
         "docs/gpu.md",
     ] {
