@@ -463,8 +463,9 @@ pub(super) fn name_ranks(of: &[usize]) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::print_stdout)]
 mod tests {
+    #![allow(clippy::print_stdout)]
+
     use std::sync::mpsc;
 
     use super::*;

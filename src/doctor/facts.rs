@@ -50,8 +50,10 @@ pub struct Network {
 impl Facts {
     /// Looks. `environment`: of this process.
     pub fn look(rank: usize, launched: usize, environment: impl Iterator<Item = (String, String)>) -> Self {
-        let mut system = sysinfo::System::new();
-        system.refresh_memory();
+        let memory = sysinfo::System::new().map_or((0, 0), |mut system| {
+            system.refresh_memory();
+            (system.total_memory(), system.available_memory())
+        });
         let (locked, files) = host::limits();
         Self {
             rank,
@@ -63,8 +65,8 @@ impl Facts {
             mpi: None,
             nccl: None,
             cores: host::allowed_cores(),
-            memory: system.total_memory(),
-            available: system.available_memory(),
+            memory: memory.0,
+            available: memory.1,
             locked,
             files,
             shared: signals::free_bytes(Path::new("/dev/shm")),
@@ -135,7 +137,18 @@ fn is_relevant(name: &str) -> bool {
         ["NCCL_", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_", "UCX_", "FI_", "OMP_", "MKL_", "GOMP_", "DUNLEARN_"];
     const NAMES: [&str; 5] = ["CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "LD_PRELOAD", "MASTER_ADDR", "MASTER_PORT"];
     // what a launcher tells each rank of its job is no setting
-    let of_the_job = ["OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "PMIX_MCA_mca_base", "PRTE_MCA_ess"];
+    let of_the_job = [
+        "OMPI_MCA_orte_",
+        "OMPI_MCA_ess",
+        "OMPI_MCA_pmix",
+        "OMPI_MCA_PREFIXES",
+        "OMPI_MCA_cpu_type",
+        "OMPI_MCA_initial_wdir",
+        "OMPI_MCA_num_procs",
+        "PMIX_MCA_mca_base",
+        "PMIX_MCA_psec",
+        "PRTE_MCA_ess",
+    ];
     (PREFIXES.iter().any(|prefix| name.starts_with(prefix)) || NAMES.contains(&name))
         && !of_the_job.iter().any(|prefix| name.starts_with(prefix))
 }
@@ -473,7 +486,7 @@ mod tests {
         for name in ["NCCL_DEBUG", "OMPI_MCA_coll", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"] {
             assert!(is_relevant(name), "{name}");
         }
-        for name in ["AWS_SECRET_ACCESS_KEY", "HOME", "OMPI_MCA_orte_ess_num_procs", "PMIX_RANK"] {
+        for name in ["AWS_SECRET_ACCESS_KEY", "HOME", "OMPI_MCA_orte_ess_num_procs", "OMPI_MCA_PREFIXES", "PMIX_RANK"] {
             assert!(!is_relevant(name), "{name}");
         }
         let environment = [("NCCL_DEBUG", "INFO"), ("SECRET", "x")].map(|(a, b)| (a.to_owned(), b.to_owned()));

@@ -28,6 +28,7 @@ precision = "f32"
 lr = 1e-3
 [checkpoint]
 every = 1
+async = false
 [eval]
 before = false
 after = false

@@ -100,8 +100,9 @@ fn simulate(programs: &Program, tp: usize, dp: usize, keep: usize, dead: Option<
         let channels: Vec<flight::Channel> = axes
             .iter()
             .map(|&axis| {
-                let channel = flight::Channel::named(AXES[axis], &members(axis, rank, tp, dp));
-                flight::Channel { calls: state.begun[axis], ..channel }
+                let mut channel = flight::Channel::named(AXES[axis], &members(axis, rank, tp, dp));
+                channel.calls = state.begun[axis];
+                channel
             })
             .collect();
         let calls = state.calls.iter().map(|&(axis, seq, op, start, end)| Call {
