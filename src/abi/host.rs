@@ -24,6 +24,11 @@ pub fn peak_resident_bytes() -> u64 {
     }
 }
 
+/// Lets [`peak_resident_bytes`] count from now on; false where the system does not.
+pub fn forget_peak() -> bool {
+    std::fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
 /// Asks the system to drop a file's clean pages from its cache; it may not.
 pub fn drop_from_cache(file: &std::fs::File) {
     use std::os::fd::AsRawFd;

@@ -51,12 +51,15 @@ pub fn initialise() -> Option<Environment> {
     // made from this one inherit it.
     unsafe {
         let mut handler: ffi::MPI_Errhandler = std::mem::zeroed();
-        let function: unsafe extern "C" fn(*mut ffi::MPI_Comm, *mut c_int) = on_error;
-        ffi::MPI_Comm_create_errhandler(std::mem::transmute(function), &raw mut handler);
+        let function = std::mem::transmute::<Handler, Option<MpiHandler>>(on_error);
+        ffi::MPI_Comm_create_errhandler(function, &raw mut handler);
         ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, handler);
     }
     Some(Environment { _universe: universe })
 }
+
+type Handler = unsafe extern "C" fn(*mut ffi::MPI_Comm, *mut c_int);
+type MpiHandler = unsafe extern "C" fn(*mut ffi::MPI_Comm, *mut c_int, ...);
 
 /// The panic hook ends the job; nothing unwinds through MPI.
 unsafe extern "C" fn on_error(_: *mut ffi::MPI_Comm, code: *mut c_int) {

@@ -215,9 +215,21 @@ impl Comm {
         let mut comm = Self { nccl, raw: std::ptr::null_mut(), name: name.to_owned(), size, timeout };
         // SAFETY: one out parameter, an id and a configuration that outlive the call.
         let code = unsafe { (nccl.0.init)(&raw mut comm.raw, size as c_int, id, rank as c_int, &raw const config) };
-        comm.settle(code, "joining")?;
+        if let Err(text) = comm.settle(code, "joining") {
+            comm.give_up();
+            return Err(text);
+        }
         lock().push(Open { raw: comm.raw, name: comm.name.clone() });
         Ok(comm)
+    }
+
+    /// Ends a communicator that never came to be: a farewell would wait for ranks that may not be there.
+    fn give_up(&mut self) {
+        if !self.raw.is_null() {
+            // SAFETY: NCCL allows an abort while a communicator is being made, or after it has failed; it is not used again.
+            unsafe { (self.nccl.0.abort)(self.raw) };
+            self.raw = std::ptr::null_mut();
+        }
     }
 
     pub fn size(&self) -> usize {

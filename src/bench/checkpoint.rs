@@ -28,8 +28,11 @@ pub struct CheckpointResult {
     /// With the files in the page cache dropped where the system lets us, as is the disk's.
     pub read_rate: f64,
     pub disk_read_rate: f64,
-    /// Memory that loading added beyond the state itself. Unit: bytes.
-    pub load_extra_bytes: u64,
+    /// The largest slice. Unit: bytes.
+    pub largest_bytes: usize,
+    /// Memory that loading added at its peak beyond the state, which was allocated before; None where the system does not say. Unit:
+    /// bytes.
+    pub load_extra_bytes: Option<u64>,
 }
 
 /// Why it could not be measured.
@@ -53,16 +56,18 @@ pub fn checkpoint(bench: &StepBench, folder: &Path, world: &World) -> Result<Che
     let stall_seconds = start.elapsed().as_secs_f64();
     let size: usize = slices.iter().map(StateSlice::bytes).sum();
     let mut best = (f64::INFINITY, f64::INFINITY, f64::INFINITY, f64::INFINITY);
-    let mut load_extra_bytes = 0;
+    let largest = slices.iter().map(StateSlice::bytes).max().unwrap_or(0);
+    let mut load_extra_bytes = None;
     // turn by turn, so that both see the same disk
     for _ in 0..3 {
         best.0 = best.0.min(seconds(|| write(&path, &slices).map(drop))?);
         best.1 = best.1.min(seconds(|| write_plainly(&raw, &slices))?);
         forget(&path)?;
         forget(&raw)?;
-        let before = host::peak_resident_bytes();
-        best.2 = best.2.min(seconds(|| trainer.restore(&StateFiles::open([path.as_path()])?, 1, world))?);
-        load_extra_bytes = host::peak_resident_bytes().saturating_sub(before).max(load_extra_bytes);
+        let before = host::forget_peak().then(host::peak_resident_bytes);
+        best.2 = best.2.min(seconds(|| trainer.restore(&StateFiles::open([path.as_path()])?, 1, world).map(drop))?);
+        let extra = before.map(|before| host::peak_resident_bytes().saturating_sub(before));
+        load_extra_bytes = load_extra_bytes.max(extra);
         best.3 = best.3.min(seconds(|| read_plainly(&raw))?);
     }
     std::fs::remove_file(&path)?;
@@ -76,6 +81,7 @@ pub fn checkpoint(bench: &StepBench, folder: &Path, world: &World) -> Result<Che
         disk_write_rate: rate(best.1),
         read_rate: rate(best.2),
         disk_read_rate: rate(best.3),
+        largest_bytes: largest,
         load_extra_bytes,
     })
 }
@@ -121,13 +127,14 @@ impl CheckpointResult {
         ];
         format!(
             "{:.0} MiB of state\n\n{}\nstall of a save written by a thread: {:.1} ms; a step takes {:.1} ms, so {:.2} % at every = 10\n\
-             loading added {:.0} MiB to the peak memory\n",
+             loading added {} to the state's own memory; the largest slice has {:.1} MiB\n",
             self.bytes as f64 / 1048576.0,
             table(&["", "MiB/s", "disk alone", "ratio"], &rows),
             1e3 * self.stall_seconds,
             1e3 * self.step_seconds,
             100.0 * self.stall_seconds / (10.0 * self.step_seconds),
-            self.load_extra_bytes as f64 / 1048576.0
+            self.load_extra_bytes.map_or("an unknown size".to_owned(), |n| format!("{:.1} MiB", n as f64 / 1048576.0)),
+            self.largest_bytes as f64 / 1048576.0
         )
     }
 }

@@ -1,21 +1,23 @@
 //! A Hugging Face folder from a run's checkpoint, without the run: tensor by tensor, from the slices.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use tch::{Kind, Tensor};
 
-use super::export::{copy_companions, file_name, split, write_index};
+use super::parallel::{Destination, agree, write_parallel};
 use super::state::StateFiles;
-use super::tensor_file::{Spec, Writer};
+use super::tensor_file::Spec;
 use super::{CheckpointError, ExportOptions, Folder, Saved};
 use crate::dist::World;
 use crate::model::sharding::ADAPTER_PREFIX;
 
-/// Writes the model of a checkpoint. All ranks call it; each writes its share of the files, rank 0 the rest at the end.
+/// Writes the model of a checkpoint, whose digests are checked first. All ranks call it; each reads, assembles and writes its share of
+/// the tensors, rank 0 the rest at the end.
 ///
-/// `order`: the tensors with their shapes in model order. What was not trained comes from the model that the run read, `options.source`; low-rank
-/// adapters are added to their matrices. The bytes are those of the run's own export at that step. Needs the memory of the largest tensor. `progress` is called after each tensor of this rank.
+/// `order`: the tensors with their shapes in model order. What was not trained comes from the model that the run read,
+/// `options.source`, which must still be that model; low-rank adapters are added to their matrices. The bytes are those of the run's
+/// own export at that step. Needs the memory of the largest tensor in f32 and in the kind that is written. `progress` is called after
+/// each tensor of this rank.
 ///
 /// # Errors
 /// On all ranks when one of them could not.
@@ -26,6 +28,7 @@ pub fn convert(
     world: &World,
     mut progress: impl FnMut(),
 ) -> Result<(), CheckpointError> {
+    agree(world, &saved.folder, saved.verify(world.mesh.rank, world.mesh.world()))?;
     let files = saved.state()?;
     check(saved, &files, order)?;
     let scope = &saved.manifest.config["scope"];
@@ -40,50 +43,18 @@ pub fn convert(
         .iter()
         .map(|(name, shape)| Spec { name: (*name).to_owned(), kind: options.kind, shape: shape.to_vec() })
         .collect();
-    let cuts = split(&specs, options.max_shard_bytes);
-    let partial = options.target.with_extension("partial");
-    if world.is_first() {
-        let write = |source| CheckpointError::Write { path: partial.clone(), source };
-        if partial.exists() {
-            std::fs::remove_dir_all(&partial).map_err(write)?;
-        }
-        std::fs::create_dir_all(&partial).map_err(write)?;
-    }
-    world.world.barrier();
-    let mut mine = || -> Result<(), CheckpointError> {
-        for (index, range) in cuts.iter().enumerate().skip(world.mesh.rank).step_by(world.mesh.world()) {
-            let path = partial.join(file_name(index, cuts.len()));
-            let mut writer = Writer::create(&path, &specs[range.clone()], &[("format", "pt")])?;
-            for (name, shape) in &order[range.clone()] {
-                writer.append(&merge.tensor(name, shape)?.to_kind(options.kind).contiguous())?;
-                progress();
-            }
-            writer.finish()?;
-        }
-        Ok(())
+    let to = Destination {
+        target: options.target,
+        model: Some((options.source, options.kind)),
+        max_shard_bytes: options.max_shard_bytes,
+        metadata: &[("format", "pt")],
     };
-    let done = mine();
-    let words = done.as_ref().map_or_else(ToString::to_string, |()| String::new());
-    let all = world.world.gather_bytes(words.as_bytes());
-    done?;
-    if let Some(words) = all.iter().find(|words| !words.is_empty()) {
-        let reason = String::from_utf8_lossy(words).into_owned();
-        return Err(CheckpointError::Malformed { path: partial, reason: format!("another rank failed: {reason}") });
-    }
-    if world.is_first() {
-        if cuts.len() > 1 {
-            let names = cuts.iter().enumerate().flat_map(|(index, range)| {
-                let file = file_name(index, cuts.len());
-                specs[range.clone()].iter().map(move |spec| (spec.name.clone(), file.clone()))
-            });
-            write_index(&partial, &specs, &names.collect::<BTreeMap<_, _>>())?;
-        }
-        copy_companions(options, &partial)?;
-        std::fs::rename(&partial, options.target)
-            .map_err(|source| CheckpointError::Write { path: options.target.to_owned(), source })?;
-    }
-    world.world.barrier();
-    Ok(())
+    write_parallel(&to, &specs, world, |index| {
+        let (name, shape) = order[index];
+        let values = merge.tensor(name, shape)?.to_kind(options.kind).contiguous();
+        progress();
+        Ok(values)
+    })
 }
 
 /// Where a tensor of the model comes from.
@@ -108,7 +79,8 @@ impl Merge<'_> {
         if let (Some(scale), Some(shape_a), Some(shape_b)) = (self.scale, known.get(a.as_str()), known.get(b.as_str()))
         {
             let product = self.files.weights(&b, shape_b)?.matmul(&self.files.weights(&a, shape_a)?);
-            values += product * scale;
+            // not in place: what comes from the model's file is a view of it
+            values = &values + product * scale;
         }
         Ok(values)
     }
@@ -118,8 +90,7 @@ impl Merge<'_> {
 fn check(saved: &Saved, files: &StateFiles, order: &[(&str, &[i64])]) -> Result<(), CheckpointError> {
     let have = files.tensors();
     let mut list = String::new();
-    let config = &saved.manifest.config;
-    let trained_all = config["scope"].is_null() && config["method"]["update"].is_null();
+    let trained_all = trains_everything(saved);
     for (name, shape) in order {
         match have.get(name) {
             None if !trained_all => {}
@@ -142,6 +113,12 @@ fn check(saved: &Saved, files: &StateFiles, order: &[(&str, &[i64])]) -> Result<
     }
 }
 
+/// Whether the run of a checkpoint trained all of its model, so that the checkpoint holds all of it.
+pub fn trains_everything(saved: &Saved) -> bool {
+    let config = &saved.manifest.config;
+    config["scope"].is_null() && config["method"]["update"].is_null()
+}
+
 /// How one tensor differs between two checkpoints.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorDifference {
@@ -159,7 +136,11 @@ pub struct TensorDifference {
 /// # Errors
 /// Tensors that only one of them has, or of other shapes.
 pub fn difference(first: &Path, second: &Path) -> Result<Vec<TensorDifference>, CheckpointError> {
-    let open = |path: &Path| Saved::open(path)?.state();
+    let open = |path: &Path| {
+        let saved = Saved::open(path)?;
+        saved.verify(0, 1)?;
+        saved.state()
+    };
     let (a, b) = (open(first)?, open(second)?);
     let (names, others) = (a.tensors(), b.tensors());
     if names != others {

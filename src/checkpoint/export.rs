@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::CheckpointError;
-use super::tensor_file::{Spec, Writer};
+use super::tensor_file::{Spec, Writer, publish, unfinished};
 use crate::dist::World;
 use crate::model::sharding::{ParamId, Piece, Table};
 
@@ -53,7 +53,7 @@ pub fn export<E: From<CheckpointError>>(
     let outgoing = plan(tables, 0..tables[0].own, options.kind);
     let specs: Vec<Spec> = outgoing.iter().map(|tensor| tensor.spec.clone()).collect();
     let files = split(&specs, options.max_shard_bytes);
-    let partial = options.target.with_extension("partial");
+    let partial = unfinished(options.target);
     if world.is_first() {
         let create = |source| CheckpointError::Write { path: partial.clone(), source };
         if partial.exists() {
@@ -89,9 +89,8 @@ pub fn export<E: From<CheckpointError>>(
             write_index(&partial, &specs, &written)?;
         }
         copy_companions(options, &partial)?;
-        // fails on a folder that is there and not empty: what stood there before the run was cleared at its start
-        std::fs::rename(&partial, options.target)
-            .map_err(|source| CheckpointError::Write { path: options.target.to_owned(), source })?;
+        // what stood there before was cleared at the run's start
+        publish(&partial, options.target)?;
     }
     world.world.barrier();
     Ok(())
@@ -179,29 +178,64 @@ pub fn export_adapter(
     world: &World,
     mut parameter: impl FnMut(ParamId) -> Tensor,
 ) -> Result<(), CheckpointError> {
-    let outgoing = plan(tables, tables[0].own..tables[0].params.len(), kind);
-    let specs: Vec<Spec> = outgoing.iter().map(|tensor| tensor.spec.clone()).collect();
     let write = |path: &Path, source| CheckpointError::Write { path: path.to_owned(), source };
     if world.is_first() {
         std::fs::create_dir_all(target).map_err(|e| write(target, e))?;
     }
-    let create = || Writer::create(&target.join("adapter_model.safetensors"), &specs, &[("format", "pt")]);
-    let mut writer = world.is_first().then(create).transpose()?;
-    for tensor in &outgoing {
-        let values = parameter(tensor.param);
-        if world.mesh.dp_rank() == 0
-            && let (Some(whole), Some(writer)) = (assemble(tensor, &values, kind, world), &mut writer)
-        {
-            writer.append(&whole)?;
-        }
-    }
-    writer.map(Writer::finish).transpose()?;
+    let outgoing = plan(tables, tables[0].own..tables[0].params.len(), kind);
+    let parameter = |id| Ok::<_, CheckpointError>(parameter(id));
+    stream(&target.join("adapter_model.safetensors"), &outgoing, kind, world, parameter)?;
     if world.is_first() {
         let path = target.join("adapter_config.json");
         let text = serde_json::to_string_pretty(settings).expect("invariant: settings are JSON");
         std::fs::write(&path, text + "\n").map_err(|e| write(&path, e))?;
     }
     world.world.barrier();
+    Ok(())
+}
+
+/// Writes the tensors called `names` as one f32 file. All ranks call it; `tables` and `parameter` are as in [`export`].
+///
+/// # Errors
+/// What cannot be written, and those of `parameter`.
+pub fn export_tensors<E: From<CheckpointError>>(
+    path: &Path,
+    names: &[String],
+    tables: &[Table],
+    world: &World,
+    parameter: impl FnMut(ParamId) -> Result<Tensor, E>,
+) -> Result<(), E> {
+    let mut outgoing = plan(tables, 0..tables[0].own, Kind::Float);
+    outgoing.retain(|tensor| names.contains(&tensor.spec.name));
+    stream(path, &outgoing, Kind::Float, world, parameter)?;
+    world.world.barrier();
+    Ok(())
+}
+
+/// One file of the given tensors, written by the first rank.
+fn stream<E: From<CheckpointError>>(
+    path: &Path,
+    outgoing: &[Outgoing],
+    kind: Kind,
+    world: &World,
+    mut parameter: impl FnMut(ParamId) -> Result<Tensor, E>,
+) -> Result<(), E> {
+    let specs: Vec<Spec> = outgoing.iter().map(|tensor| tensor.spec.clone()).collect();
+    let create = || Writer::create(path, &specs, &[("format", "pt")]);
+    let mut writer = world.is_first().then(create).transpose()?;
+    let mut open = None::<(ParamId, Tensor)>;
+    for tensor in outgoing {
+        if open.as_ref().is_none_or(|(id, _)| *id != tensor.param) {
+            open = Some((tensor.param, parameter(tensor.param)?));
+        }
+        let (_, values) = open.as_ref().expect("invariant: just set");
+        if world.mesh.dp_rank() == 0
+            && let (Some(whole), Some(writer)) = (assemble(tensor, values, kind, world), &mut writer)
+        {
+            writer.append(&whole)?;
+        }
+    }
+    writer.map(Writer::finish).transpose()?;
     Ok(())
 }
 

@@ -11,9 +11,9 @@ pub mod state;
 pub mod store;
 mod tensor_file;
 
-pub use convert::{TensorDifference, convert, difference};
+pub use convert::{TensorDifference, convert, difference, trains_everything};
 pub use error::CheckpointError;
-pub use export::{ExportOptions, export, export_adapter};
+pub use export::{ExportOptions, export, export_adapter, export_tensors};
 pub use folder::Folder;
 pub use parallel::{Destination, owners, write_parallel};
 pub use random::write_random;

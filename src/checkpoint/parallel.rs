@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 
 use super::CheckpointError;
 use super::export::{ExportOptions, copy_companions, file_name, split, write_index};
-use super::tensor_file::{Spec, head};
+use super::tensor_file::{Spec, head, publish, unfinished};
 use crate::abi::slices;
 use crate::dist::World;
 
@@ -58,7 +58,7 @@ pub fn write_parallel<E: From<CheckpointError> + std::fmt::Display>(
     let cuts = split(specs, to.max_shard_bytes);
     let sizes: Vec<usize> = specs.iter().map(Spec::bytes).collect();
     let owner = owners(&sizes, world.mesh.world());
-    let partial = to.target.with_extension("partial");
+    let partial = unfinished(to.target);
     let heads: Vec<(Vec<u8>, usize)> = cuts.iter().map(|range| head(&specs[range.clone()], to.metadata)).collect();
     let path = |file: usize| partial.join(file_name(file, cuts.len()));
     let made = if world.is_first() { make(&partial, &heads, path) } else { Ok(()) };
@@ -132,11 +132,11 @@ fn close(
         let options = ExportOptions { source, target: to.target, kind, max_shard_bytes: to.max_shard_bytes };
         copy_companions(&options, partial)?;
     }
-    std::fs::rename(partial, to.target).map_err(|source| CheckpointError::Write { path: to.target.to_owned(), source })
+    publish(partial, to.target)
 }
 
 /// Lets all ranks know of one's failure, and waits for all. All ranks call it.
-fn agree<E: From<CheckpointError> + std::fmt::Display>(
+pub(super) fn agree<E: From<CheckpointError> + std::fmt::Display>(
     world: &World,
     path: &Path,
     done: Result<(), E>,

@@ -66,7 +66,11 @@ impl Place {
         if !shape.iter().zip(offset).zip(size).all(inside) {
             return Some(format!("{tensor}: a box at {offset:?} of {size:?} does not lie in {shape:?}"));
         }
-        let elements = size.iter().try_fold(1i64, |product, n| product.checked_mul(*n));
+        let product = |sizes: &[i64]| sizes.iter().try_fold(1i64, |product, n| product.checked_mul(*n));
+        if product(shape).is_none() {
+            return Some(format!("{tensor}: no tensor has the shape {shape:?}"));
+        }
+        let elements = product(size);
         let end = start.checked_add(*len);
         if *start < 0 || *len < 0 || end.is_none() || elements.is_none_or(|all| end.is_some_and(|end| end > all)) {
             return Some(format!("{tensor}: elements {start} to {start} + {len} do not lie in a box of {size:?}"));
@@ -142,6 +146,7 @@ mod tests {
             place([0, 0], [2, 2], -1, 1),
             place([0, 0], [i64::MAX, 2], 0, 1),
             place([5, 0], [1, 10], i64::MAX, 1),
+            Place { shape: vec![i64::MAX, 2], ..place([0, 0], [1, 1], 0, 1) },
             Place { offset: vec![0], ..place([0, 0], [1, 1], 0, 1) },
         ] {
             assert!(bad.check().is_some(), "{bad:?}");

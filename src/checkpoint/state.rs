@@ -28,6 +28,21 @@ pub enum What {
     Second,
     /// SGD's momentum.
     Velocity,
+    /// The scale of each element's block of codes, for moments of chosen weights: their blocks are cut among the chosen, so the blocks
+    /// of [`Blocks`] cannot say it.
+    FirstScale,
+    SecondScale,
+}
+
+impl What {
+    /// Of a moment's scales.
+    pub fn scale(self) -> Option<Self> {
+        match self {
+            Self::First => Some(Self::FirstScale),
+            Self::Second => Some(Self::SecondScale),
+            _ => None,
+        }
+    }
 }
 
 /// One slice of a rank's state, on the host.
@@ -173,11 +188,13 @@ impl StateFiles {
                     |reason: String| CheckpointError::Tensor { path: path.to_owned(), name: key.clone(), reason };
                 let (bytes, dtype) = reader.bytes(&key)?;
                 let width = width(dtype).ok_or_else(|| refuse(format!("is stored as {dtype:?}")))?;
-                if bytes.len() as i64 != place.len * width || (dtype == Dtype::U8) != scales.is_some() {
+                // `check` has seen that the run lies in its box, not that memory could hold it
+                if Some(bytes.len() as i64) != place.len.checked_mul(width) || (dtype == Dtype::U8) != scales.is_some()
+                {
                     return Err(refuse(format!("has {} bytes for {} elements of {dtype:?}", bytes.len(), place.len)));
                 }
                 if let Some((name, phase)) = &scales {
-                    let blocks = (phase + place.len as usize).div_ceil(BLOCK);
+                    let blocks = (phase % BLOCK + place.len as usize).div_ceil(BLOCK);
                     let (bytes, dtype) = reader.bytes(name)?;
                     if *phase >= BLOCK || dtype != Dtype::F32 || bytes.len() != 4 * blocks {
                         return Err(refuse(format!("has {} bytes of scales for {blocks} blocks", bytes.len())));
@@ -252,9 +269,14 @@ impl StateFiles {
             let file = &self.files[stored.file];
             let (bytes, dtype) = file.bytes(&stored.key)?;
             let scales = stored.scales.as_ref().map(|(name, phase)| Ok((file.bytes(name)?.0, *phase))).transpose()?;
-            found += overlap(&stored.place, place, |from, to, n| {
+            let taken = overlap(&stored.place, place, |from, to, n| {
                 put(target, at + to, bytes, dtype, scales, what, from..from + n);
             });
+            if taken > 0 {
+                // a mapped file counts as memory
+                file.release(&stored.key);
+            }
+            found += taken;
         }
         if found == place.len {
             return Ok(());

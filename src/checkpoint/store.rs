@@ -1,7 +1,8 @@
 //! The checkpoints of a run: `checkpoints/step_000120/` with a state file a rank, `manifest.json`, and `COMPLETE`.
 //!
-//! A checkpoint is written under a name that ends in `.partial` and renamed when everything is on disk: a folder with the final
-//! name is whole. `COMPLETE` holds the digest of the manifest, the manifest those of the files.
+//! A checkpoint is written under a name that ends in `.partial` and renamed when everything is on disk, and renamed again before it is
+//! removed: a folder with the final name is whole at every moment. `COMPLETE` holds the digest of the manifest, the manifest those of
+//! the files.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use serde_json::Value;
 
 use super::CheckpointError;
 use super::state::StateFiles;
-use super::tensor_file::Written;
+use super::tensor_file::{Written, sync};
 
 /// What a checkpoint is of. Its files are listed by rank.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,6 +49,8 @@ pub struct StateFile {
 pub const FORMAT: u32 = 1;
 const MANIFEST: &str = "manifest.json";
 const COMPLETE: &str = "COMPLETE";
+/// End of the name of a checkpoint that stands aside for another of its step.
+const REPLACED: &str = ".replaced";
 
 /// The checkpoints of one run.
 #[derive(Clone, Debug)]
@@ -72,18 +75,38 @@ impl Store {
         &self.folder
     }
 
-    /// Steps of the checkpoints that have their final name, ascending.
-    pub fn steps(&self) -> Vec<usize> {
-        let entries = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
-        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        let mut steps: Vec<usize> = names.filter_map(|name| name.strip_prefix("step_")?.parse().ok()).collect();
+    /// Steps of the complete checkpoints, ascending. None where there is no folder yet.
+    ///
+    /// # Errors
+    /// A folder that cannot be read: what is in it must not pass for nothing.
+    pub fn steps(&self) -> Result<Vec<usize>, CheckpointError> {
+        let mut steps = Vec::new();
+        for file in self.names()? {
+            let known = file.strip_suffix(REPLACED).unwrap_or(&file);
+            let step = known.strip_prefix("step_").and_then(|digits| digits.parse().ok());
+            steps.extend(step.filter(|&step| name(step) == known));
+        }
         steps.sort_unstable();
-        steps
+        steps.dedup();
+        Ok(steps)
+    }
+
+    fn names(&self) -> Result<Vec<String>, CheckpointError> {
+        let read = |source| CheckpointError::Read { path: self.folder.clone(), source };
+        match std::fs::read_dir(&self.folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(read(error)),
+            Ok(entries) => {
+                entries.map(|entry| Ok(entry.map_err(read)?.file_name().to_string_lossy().into_owned())).collect()
+            }
+        }
     }
 
     /// Opens a checkpoint and holds its manifest against its sign of completeness. The files' digests are not read.
     pub fn open(&self, step: usize) -> Result<Saved, CheckpointError> {
-        Saved::open(&self.folder.join(name(step)))
+        let path = self.folder.join(name(step));
+        let aside = self.replaced(step);
+        Saved::open(if !path.exists() && aside.exists() { &aside } else { &path })
     }
 
     /// Makes the folder that a checkpoint is written in.
@@ -93,7 +116,11 @@ impl Store {
         if path.exists() {
             std::fs::remove_dir_all(&path).map_err(write)?;
         }
+        let first = !self.folder.exists();
         std::fs::create_dir_all(&path).map_err(write)?;
+        if first && let Some(run) = self.folder.parent() {
+            sync(run)?;
+        }
         Ok(path)
     }
 
@@ -112,35 +139,49 @@ impl Store {
         sync(&partial)?;
         let path = self.folder.join(name(manifest.step));
         let write = |source| CheckpointError::Write { path: path.clone(), source };
-        if path.exists() {
-            // the same step again, by a run that went on from an older one
-            std::fs::remove_dir_all(&path).map_err(write)?;
+        // the same step again: the old one stands aside until the new one has its name
+        let old = path.exists().then(|| self.replaced(manifest.step));
+        if let Some(old) = &old {
+            std::fs::rename(&path, old).map_err(write)?;
         }
         std::fs::rename(&partial, &path).map_err(write)?;
-        sync(&self.folder)
+        sync(&self.folder)?;
+        old.map_or(Ok(()), |old| std::fs::remove_dir_all(old).map_err(write))
     }
 
-    /// Removes what an interrupted save has left; gives the names.
+    /// Where a checkpoint stands aside for another of the same step.
+    fn replaced(&self, step: usize) -> PathBuf {
+        self.folder.join(format!("{}{REPLACED}", name(step)))
+    }
+
+    /// Puts the folder in order after an interruption: what an unfinished save or removal has left is removed, a checkpoint that stood
+    /// aside for one that never came has its name again. Gives a sentence for each.
     pub fn clean(&self) -> Result<Vec<String>, CheckpointError> {
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with("step_") && name.ends_with(".partial") {
-                std::fs::remove_dir_all(entry.path())
-                    .map_err(|source| CheckpointError::Write { path: entry.path(), source })?;
-                names.push(name);
+        let mut told = Vec::new();
+        for file in self.names()?.into_iter().filter(|file| file.starts_with("step_")) {
+            let path = self.folder.join(&file);
+            let write = |source| CheckpointError::Write { path: path.clone(), source };
+            let aside = file.strip_suffix(REPLACED).map(|name| (name, self.folder.join(name)));
+            if let Some((name, known)) = aside.filter(|(_, known)| !known.exists()) {
+                std::fs::rename(&path, &known).map_err(write)?;
+                told.push(format!("{name} is back: the save that was to replace it was interrupted"));
+            } else if [".partial", REPLACED, ".removed"].iter().any(|end| file.ends_with(end)) {
+                std::fs::remove_dir_all(&path).map_err(write)?;
+                told.push(format!("removed {file}, which an interruption has left"));
             }
         }
-        Ok(names)
+        Ok(told)
     }
 
     /// Keeps the newest `last` checkpoints (0: all) and those of every `every`th step (0: none besides), removes the others.
     pub fn keep(&self, last: usize, every: usize) -> Result<(), CheckpointError> {
-        let steps = self.steps();
+        let steps = self.steps()?;
         let old = if last == 0 { 0 } else { steps.len().saturating_sub(last) };
         for step in steps[..old].iter().filter(|&&step| every == 0 || step % every != 0) {
             let path = self.folder.join(name(*step));
-            std::fs::remove_dir_all(&path).map_err(|source| CheckpointError::Write { path, source })?;
+            let gone = path.with_extension("removed");
+            let removed = std::fs::rename(&path, &gone).and_then(|()| std::fs::remove_dir_all(&gone));
+            removed.map_err(|source| CheckpointError::Write { path, source })?;
         }
         Ok(())
     }
@@ -182,7 +223,8 @@ impl Saved {
                 return Err(malformed(format!("has {bytes} bytes, the manifest says {}", file.bytes)));
             }
             let mut hasher = blake3::Hasher::new();
-            hasher.update_mmap(&path).map_err(read)?;
+            // read, not mapped: a mapped file counts as memory
+            File::open(&path).and_then(|file| hasher.update_reader(file).map(drop)).map_err(read)?;
             let digest = hasher.finalize().to_hex().to_string();
             if digest != file.digest {
                 return Err(malformed(format!(
@@ -228,12 +270,6 @@ fn write_synced(path: &Path, text: &str) -> Result<(), CheckpointError> {
     file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(write)
 }
 
-/// Makes the names in a folder durable.
-fn sync(folder: &Path) -> Result<(), CheckpointError> {
-    let write = |source| CheckpointError::Write { path: folder.to_owned(), source };
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(write)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -262,14 +298,44 @@ mod tests {
     fn what_was_not_committed_is_none() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::of_run(folder.path());
-        assert!(store.steps().is_empty());
+        assert!(store.steps().unwrap().is_empty());
         save(&store, 4);
         store.begin(8).unwrap();
-        assert_eq!(store.steps(), [4]);
-        assert_eq!(store.clean().unwrap(), ["step_000008.partial"]);
+        assert_eq!(store.steps().unwrap(), [4]);
+        assert_eq!(store.clean().unwrap(), ["removed step_000008.partial, which an interruption has left"]);
         assert_eq!(store.open(4).unwrap().manifest, manifest(4));
         save(&store, 4); // again
-        assert_eq!(store.steps(), [4]);
+        assert_eq!(store.steps().unwrap(), [4]);
+    }
+
+    /// Interrupted between the two renames of a replacement, and within a removal.
+    #[test]
+    fn an_interrupted_replacement_loses_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::of_run(folder.path());
+        let at = |name: &str| store.folder().join(name);
+        save(&store, 4);
+        store.begin(4).unwrap();
+        std::fs::rename(at("step_000004"), at("step_000004.replaced")).unwrap();
+        std::fs::create_dir(at("step_000002.removed")).unwrap();
+        assert_eq!(store.steps().unwrap(), [4]);
+        assert_eq!(store.open(4).unwrap().manifest, manifest(4), "it counts before anything is cleaned");
+        assert_eq!(store.clean().unwrap().len(), 3);
+        assert_eq!(store.steps().unwrap(), [4]);
+        assert_eq!(store.open(4).unwrap().manifest, manifest(4));
+        // after the second rename the new one counts
+        std::fs::create_dir(at("step_000004.replaced")).unwrap();
+        store.clean().unwrap();
+        assert_eq!(store.open(4).unwrap().manifest, manifest(4));
+        assert_eq!(store.names().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_read_is_not_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("checkpoints"), "").unwrap();
+        let error = Store::of_run(folder.path()).steps().unwrap_err().to_string();
+        assert!(error.starts_with("cannot read ") && error.contains("checkpoints"), "{error}");
     }
 
     #[test]
@@ -280,11 +346,11 @@ mod tests {
             save(&store, step);
         }
         store.keep(0, 0).unwrap();
-        assert_eq!(store.steps().len(), 5);
+        assert_eq!(store.steps().unwrap().len(), 5);
         store.keep(2, 10).unwrap();
-        assert_eq!(store.steps(), [10, 20, 25]);
+        assert_eq!(store.steps().unwrap(), [10, 20, 25]);
         store.keep(1, 0).unwrap();
-        assert_eq!(store.steps(), [25]);
+        assert_eq!(store.steps().unwrap(), [25]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tch::{Kind, Tensor};
 
 use super::CheckpointError;
 use crate::abi::slices;
-use crate::abi::storage::{map_file, map_tensor};
+use crate::abi::storage::{map_file, map_tensor, release};
 
 /// Name, kind and shape of a tensor to be written.
 #[derive(Clone, Debug)]
@@ -89,6 +89,32 @@ impl Writer {
     }
 }
 
+/// The name that a folder has while it is written.
+pub(super) fn unfinished(target: &Path) -> PathBuf {
+    let mut name = target.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    target.with_file_name(name)
+}
+
+/// Puts every file of a finished folder on disk and gives it its name, which must not be taken by a folder with files.
+pub(super) fn publish(partial: &Path, target: &Path) -> Result<(), CheckpointError> {
+    let write = |path: &Path, source| CheckpointError::Write { path: path.to_owned(), source };
+    for entry in std::fs::read_dir(partial).map_err(|e| write(partial, e))? {
+        let path = entry.map_err(|e| write(partial, e))?.path();
+        File::open(&path).and_then(|file| file.sync_all()).map_err(|e| write(&path, e))?;
+    }
+    sync(partial)?;
+    std::fs::rename(partial, target).map_err(|e| write(target, e))?;
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
+    sync(parent.unwrap_or(Path::new(".")))
+}
+
+/// Makes the names in a folder durable.
+pub(super) fn sync(folder: &Path) -> Result<(), CheckpointError> {
+    let write = |source| CheckpointError::Write { path: folder.to_owned(), source };
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(write)
+}
+
 /// The bytes of a file before its tensors, which then follow in this order without gaps, and how many bytes those have.
 pub(super) fn head(specs: &[Spec], metadata: &[(&str, &str)]) -> (Vec<u8>, usize) {
     let mut header = Map::new();
@@ -159,6 +185,14 @@ impl Reader {
         let (start, end) = info.data_offsets;
         let bytes = self.map.get(self.data + start..self.data + end);
         bytes.map(|bytes| (bytes, info.dtype)).ok_or_else(|| refuse("lies behind the end of the file"))
+    }
+
+    /// Gives back the memory of a tensor's bytes, which were copied; asked for again, they are read again.
+    pub fn release(&self, name: &str) {
+        if let Some(info) = self.header.info(name) {
+            let (start, end) = info.data_offsets;
+            release(&self.map, self.data + start..self.data + end);
+        }
     }
 
     /// A read-only tensor over the mapped bytes.

@@ -105,6 +105,22 @@ pub(super) struct RunOptions {
     pub(super) fault: Option<Fault>,
 }
 
+impl RunOptions {
+    /// A configuration that is not run but used, without bars.
+    pub(super) fn quiet(config: &std::path::Path) -> Self {
+        Self {
+            config: Some(config.to_owned()),
+            set: Vec::new(),
+            overwrite: false,
+            force_resume: false,
+            progress: ProgressChoice::None,
+            log_format: LogChoice::Text,
+            status_addr: None,
+            fault: None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum ProgressChoice {
     /// Bars on a terminal, plain lines elsewhere
@@ -344,6 +360,36 @@ pub(super) fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, Stri
 pub(super) enum DataVerb {
     /// Write a small data set of fictional authors, with a tokenizer and the config.json of a small model
     Synth(SynthOptions),
+    /// Write the folder of a small Llama without weights, its tokenizer learnt from your own data: for `init = "random"`
+    Model(ModelOptions),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ModelOptions {
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: PathBuf,
+    /// JSON lines files; the tokenizer is learnt from all their strings
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub(super) text: Vec<PathBuf>,
+    /// Tokens of the tokenizer
+    #[arg(long, default_value_t = 4096)]
+    pub(super) vocab: usize,
+    /// Hidden size of the model
+    #[arg(long, default_value_t = 256)]
+    pub(super) hidden: usize,
+    #[arg(long, default_value_t = 6)]
+    pub(super) layers: usize,
+    #[arg(long, default_value_t = 8)]
+    pub(super) heads: usize,
+    #[arg(long, default_value_t = 8)]
+    pub(super) kv_heads: usize,
+    /// Width of the MLP
+    #[arg(long, default_value_t = 768)]
+    pub(super) intermediate: usize,
+    /// Overwrite the files in a folder that is not empty
+    #[arg(long)]
+    pub(super) force: bool,
 }
 
 #[derive(Debug, Args)]
@@ -359,6 +405,9 @@ pub(super) struct SynthOptions {
     /// Share of the authors that is to be forgotten
     #[arg(long, default_value_t = synth::Options::default().forget_fraction)]
     forget_fraction: f64,
+    /// Sums of two numbers, a task of another kind: into sums.jsonl and full.jsonl
+    #[arg(long, default_value_t = synth::Options::default().sums)]
+    sums: usize,
     #[arg(long, default_value_t = synth::Options::default().seed)]
     pub(super) seed: u64,
     /// Tokens of the tokenizer
@@ -391,6 +440,7 @@ impl From<&SynthOptions> for synth::Options {
             authors: options.authors,
             questions_per_author: options.questions,
             forget_fraction: options.forget_fraction,
+            sums: options.sums,
             seed: options.seed,
             vocab_size: options.vocab,
             shape: synth::Shape { hidden, layers, heads, kv_heads, intermediate },

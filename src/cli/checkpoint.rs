@@ -1,6 +1,6 @@
 //! The verbs `export` and `checkpoint`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -10,8 +10,10 @@ use super::launch::Launched;
 use super::run::{Ranks, set_threads, with_ranks};
 use crate::checkpoint::{self, Folder, Saved, Store};
 use crate::config::{Config, ExportDtype, Init};
-use crate::model::families;
+use crate::dist::World;
 use crate::model::sharding::Table;
+use crate::model::{Architecture, families};
+use crate::run::model_digest;
 use crate::telemetry::table;
 
 /// Deadline of a wait for ranks that write files.
@@ -41,6 +43,9 @@ fn export_on(ranks: &Ranks, options: &ExportOptions, launched: &Launched) -> any
         ExportDtype::Same if config.model.init == Init::Random => tch::Kind::Float,
         ExportDtype::Same => Folder::open(&config.model.path)?.kind(),
     };
+    if !checkpoint::trains_everything(&saved) {
+        same_model(&saved, &config, &arch, &world)?;
+    }
     let options = checkpoint::ExportOptions {
         source: &config.model.path,
         target: &target,
@@ -54,6 +59,23 @@ fn export_on(ranks: &Ranks, options: &ExportOptions, launched: &Launched) -> any
     Ok(())
 }
 
+/// What a checkpoint does not hold is taken from the model that its run read, which must be the same. All ranks call it.
+fn same_model(saved: &Saved, config: &Config, arch: &Architecture, world: &World) -> anyhow::Result<()> {
+    let path = &config.model.path;
+    let folder = (config.model.init != Init::Random).then(|| Folder::open(path)).transpose()?;
+    let found = model_digest(arch, folder.as_ref(), config.run.seed, world)?;
+    match saved.manifest.digests.get("model") {
+        Some(known) if *known == found => Ok(()),
+        known => bail!(
+            "{}: what was not trained is to come from {}, but that is another model now: the checkpoint was made with digest {}, this is \
+             {found}",
+            saved.folder.display(),
+            path.display(),
+            known.map_or("none", String::as_str)
+        ),
+    }
+}
+
 pub(super) fn inspect(verb: &CheckpointVerb) -> anyhow::Result<()> {
     match verb {
         CheckpointVerb::Ls { run } => list(run),
@@ -65,7 +87,7 @@ pub(super) fn inspect(verb: &CheckpointVerb) -> anyhow::Result<()> {
 fn list(run: &Path) -> anyhow::Result<()> {
     let store = existing(run)?;
     let mut rows = Vec::new();
-    for step in store.steps() {
+    for step in store.steps()? {
         rows.push(match store.open(step) {
             Ok(saved) => {
                 let manifest = &saved.manifest;
@@ -82,19 +104,25 @@ fn list(run: &Path) -> anyhow::Result<()> {
 
 fn verify(run: &Path, step: Option<usize>) -> anyhow::Result<()> {
     let store = existing(run)?;
-    for step in step.map_or_else(|| store.steps(), |step| vec![step]) {
-        let saved = store.open(step)?;
-        saved.verify(0, 1)?;
-        let files = saved.state()?;
-        files.check_coverage()?;
-        let tensors = files.tensors().len();
-        println!(
-            "{}: {} files, {tensors} tensors, every digest and every element right",
-            saved.folder.display(),
-            saved.manifest.files.len()
-        );
+    let mut wrong = Vec::new();
+    for step in step.map_or_else(|| store.steps(), |step| Ok(vec![step]))? {
+        match verified(&store, step) {
+            Ok((folder, files, tensors)) => {
+                println!("{}: {files} files, {tensors} tensors, every digest and every element right", folder.display())
+            }
+            Err(error) => wrong.push(error.to_string()),
+        }
     }
-    Ok(())
+    if wrong.is_empty() { Ok(()) } else { bail!("{}", wrong.join("\n")) }
+}
+
+/// The folder of a checkpoint that is whole, and how many files and tensors it has.
+fn verified(store: &Store, step: usize) -> Result<(PathBuf, usize, usize), checkpoint::CheckpointError> {
+    let saved = store.open(step)?;
+    saved.verify(0, 1)?;
+    let files = saved.state()?;
+    files.check_coverage()?;
+    Ok((saved.folder, saved.manifest.files.len(), files.tensors().len()))
 }
 
 fn diff(first: &Path, second: &Path) -> anyhow::Result<()> {
@@ -119,7 +147,7 @@ fn line(name: &str, norm: f64, size: f64, changed: usize, elements: usize) -> Ve
 
 fn chosen(run: &Path, step: Option<usize>) -> anyhow::Result<Saved> {
     let store = existing(run)?;
-    let steps = store.steps();
+    let steps = store.steps()?;
     let step = match step {
         Some(step) if !steps.contains(&step) => {
             let known: Vec<String> = steps.iter().map(usize::to_string).collect();
@@ -133,7 +161,7 @@ fn chosen(run: &Path, step: Option<usize>) -> anyhow::Result<Saved> {
 
 fn existing(run: &Path) -> anyhow::Result<Store> {
     let store = Store::of_run(run);
-    if store.steps().is_empty() {
+    if store.steps()?.is_empty() {
         bail!(
             "{} has no complete checkpoint; give a run folder whose run had [checkpoint] every = N",
             store.folder().display()

@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use serde_json::json;
 
 use super::arguments::MethodsOptions;
+use crate::scope;
 use crate::unlearn::{self, synthetic};
 
 /// Prints the lists, or writes the figure of docs/methods.md.
@@ -15,7 +16,7 @@ pub(super) fn methods(options: &MethodsOptions) -> anyhow::Result<()> {
     }
     let (objectives, retain) = (unlearn::list(), unlearn::RETAIN_TERMS);
     if options.json {
-        let lists = json!({ "objectives": objectives, "retain": retain });
+        let lists = json!({ "objectives": objectives, "retain": retain, "scores": scope::SCORES });
         println!("{}", serde_json::to_string_pretty(&lists).context("a list is JSON")?);
         return Ok(());
     }
@@ -32,8 +33,15 @@ pub(super) fn methods(options: &MethodsOptions) -> anyhow::Result<()> {
     });
     println!("\nmethod.retain\n");
     print_table(&rows.collect::<Vec<_>>());
+    let rows = scope::SCORES.iter().map(|entry| {
+        let title = entry.title.replace('`', "");
+        [entry.name.to_owned(), title, entry.needs.to_owned(), String::new(), short(entry.source)]
+    });
+    println!("\nscope.mask.score\n");
+    print_table(&rows.collect::<Vec<_>>());
     println!(
-        "\n* a parameter, in bf16 with f32 master weights, gradients and AdamW moments, on one data-parallel rank\n\
+        "\n* a parameter, in bf16 with f32 master weights, gradients and AdamW moments, on one data-parallel rank; 2 where\n\
+         only a few matrices are trained at a time; what a scope leaves out has 2 bytes as well (docs/scopes.md)\n\
          keys, defaults and formulas: docs/methods.md; a configuration of each: configs/methods/NAME.toml"
     );
     Ok(())

@@ -25,7 +25,7 @@ use clap::Parser;
 
 use crate::checkpoint::write_random;
 use crate::config;
-use crate::data::synth;
+use crate::data::{small_model, synth};
 use crate::model::families;
 
 /// Exit code for a mistake in command, configuration or data: trying again changes nothing.
@@ -69,8 +69,9 @@ pub fn main() -> ExitCode {
         Some(Verb::Status(options)) => status::status(&options),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
-        Some(Verb::Weights { verb }) => weights::weights(&verb, &launched),
+        Some(Verb::Weights { verb }) => weights::weights(&verb, &launched, started),
         Some(Verb::Data { verb: DataVerb::Synth(options) }) => write_synth(&options),
+        Some(Verb::Data { verb: DataVerb::Model(options) }) => write_model(&options),
     };
     match result {
         Ok(()) => ending::code(),
@@ -90,7 +91,7 @@ fn write_synth(options: &arguments::SynthOptions) -> anyhow::Result<()> {
         write_random(&model, &families::read(&model)?, options.seed)?;
     }
     println!(
-        "{}: {} fictional authors, {} questions; {} to forget, {} to keep; model/ holds a tokenizer of {} tokens and a config.json{}",
+        "{}: {} fictional authors, {} questions in all; {} to forget, {} to keep; model/ holds a tokenizer of {} tokens and a config.json{}",
         options.out.display(),
         summary.authors,
         summary.full,
@@ -98,6 +99,18 @@ fn write_synth(options: &arguments::SynthOptions) -> anyhow::Result<()> {
         summary.retain,
         summary.vocab_size,
         if options.weights { " with random weights" } else { "" }
+    );
+    Ok(())
+}
+
+fn write_model(options: &arguments::ModelOptions) -> anyhow::Result<()> {
+    let arguments::ModelOptions { hidden, layers, heads, kv_heads, intermediate, .. } = *options;
+    let shape = small_model::Shape { hidden, layers, heads, kv_heads, intermediate };
+    let num_tokens = small_model::from_files(&options.out, &options.text, options.vocab, &shape, options.force)?;
+    let parameters = families::read(&options.out)?.num_parameters();
+    println!(
+        "{}: a Llama of {parameters} parameters without weights, and its tokenizer of {num_tokens} tokens; start it with init = \"random\"",
+        options.out.display()
     );
     Ok(())
 }

@@ -10,7 +10,7 @@ use super::device;
 use super::ending;
 use super::launch::Launched;
 use crate::abi::{host, signals};
-use crate::config::{self, Dp};
+use crate::config::{self, Config, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
 use crate::run::{self, Context, MemoryWords, Outcome};
 use crate::telemetry::{Board, Console, LogFormat, ProgressMode, RunState, serve, start_log};
@@ -35,6 +35,23 @@ pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyho
 fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     let path = options.config.as_ref().context("--config is missing")?;
     let config = config::from_file(path, &options.set)?;
+    let context = prepare(ranks, options, &config, launched, started)?;
+    signals::note_requests();
+    signals::note_record_requests();
+    match tch::no_grad(|| run::run(&config, context))? {
+        Outcome::Finished(_) => Ok(()),
+        Outcome::Stopped => ending::to_be_continued(),
+    }
+}
+
+/// Threads, devices and logs for a configuration. All ranks call it.
+pub(super) fn prepare(
+    ranks: &Ranks,
+    options: &RunOptions,
+    config: &Config,
+    launched: &Launched,
+    started: Instant,
+) -> anyhow::Result<Context> {
     let dp = match config.parallel.dp {
         Dp::Auto => None,
         Dp::Ranks(n) => Some(n),
@@ -55,13 +72,13 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
     let memory_words = MemoryWords::default();
     ending::explain_memory(&memory_words);
     let board = Board::default();
-    tell_status(options, &config, &board, world.is_first())?;
+    tell_status(options, config, &board, world.is_first())?;
     let (watchdog, told) = (world.watchdog.clone(), board.clone());
     ending::tell_first(move |why| {
         watchdog.fail(why);
         told.end(RunState::Failed, Some(why));
     });
-    let context = Context {
+    Ok(Context {
         memory_words,
         board,
         world,
@@ -74,13 +91,7 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
         force_resume,
         mpi_version,
         fault,
-    };
-    signals::note_requests();
-    signals::note_record_requests();
-    match tch::no_grad(|| run::run(&config, context))? {
-        Outcome::Finished(_) => Ok(()),
-        Outcome::Stopped => ending::to_be_continued(),
-    }
+    })
 }
 
 /// How long ranks wait for each other at the start.
@@ -89,7 +100,7 @@ const GATHERING: Duration = Duration::from_secs(300);
 const PARTING: Duration = Duration::from_secs(60);
 
 /// Tells the status over HTTP, on the first rank, where that is asked for.
-fn tell_status(options: &RunOptions, config: &config::Config, board: &Board, first: bool) -> anyhow::Result<()> {
+fn tell_status(options: &RunOptions, config: &Config, board: &Board, first: bool) -> anyhow::Result<()> {
     let address = options.status_addr.as_ref().or(config.run.status_addr.as_ref());
     if let Some(address) = address.filter(|_| first) {
         let address = serve(address, board).map_err(anyhow::Error::msg)?;

@@ -1,19 +1,20 @@
 //! The verb `weights`: arithmetic on models and task matrices on disk.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 
-use super::arguments::{size, word};
+use super::arguments::{RunOptions, size, word};
 use super::launch::Launched;
-use super::run::{set_threads, with_ranks};
+use super::run::{Ranks, prepare, set_threads, with_ranks};
 use crate::checkpoint::Folder;
-use crate::config::ExportDtype;
+use crate::config::{self, ExportDtype, Mode, Side};
 use crate::dist::World;
+use crate::run::{Calibrated, Calibration, calibrate};
 use crate::telemetry::table;
-use crate::weights::{self, Discrimination, MatrixReport, Mode, Output, Side, Start, SubspaceOptions};
+use crate::weights::{self, Discrimination, MatrixReport, Output, Start, SubspaceOptions};
 
 /// Deadline of a wait for ranks that read, compute and write.
 const TIMEOUT: Duration = Duration::from_secs(4 * 3600);
@@ -41,6 +42,8 @@ pub(super) enum WeightsVerb {
         #[command(flatten)]
         to: ToModel,
     },
+    /// Mix a run's model with the one before until it has kept enough of a set (UWC), and write that mixture
+    Calibrate(CalibrateOptions),
     /// Write the model between MODEL (share 0) and OTHER (share 1)
     Mix {
         model: PathBuf,
@@ -82,12 +85,12 @@ pub(super) struct DiscriminateOptions {
     /// Those of a similar task; may be given several times
     #[arg(long, value_name = "DIR")]
     similar: Vec<PathBuf>,
-    /// What counts as shared
-    #[arg(long, value_enum, default_value_t = ModeWord::Projection)]
-    mode: ModeWord,
-    /// Whose subspace a projection takes: of the rows, of the columns, or both
-    #[arg(long, value_enum, default_value_t = SideWord::Input)]
-    side: SideWord,
+    /// What counts as shared: projection, the part in the similar tasks' leading subspace; frobenius, that along their whole matrices
+    #[arg(long, default_value = "projection", value_parser = word::<Mode>)]
+    mode: Mode,
+    /// Whose subspace a projection takes: input, of the rows; output, of the columns; or both
+    #[arg(long, default_value = "input", value_parser = word::<Side>)]
+    side: Side,
     /// Least share of the similar tasks' squared singular values that the subspace holds
     #[arg(long, default_value_t = 0.9)]
     energy: f64,
@@ -110,23 +113,41 @@ pub(super) struct DiscriminateOptions {
     to: To,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum ModeWord {
-    /// The part in the leading subspace of the similar tasks
-    Projection,
-    /// The part along each similar task's whole matrix
-    Frobenius,
+#[derive(Debug, Args)]
+pub(super) struct CalibrateOptions {
+    /// Configuration of the run, such as RUN/config.toml: its model is the one before, its sets are evaluated
+    #[arg(long, short, value_name = "FILE")]
+    config: PathBuf,
+    /// Override a key of it, e.g. --set eval.max_samples=100; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// The model after; by default what the run has written
+    #[arg(long, value_name = "DIR")]
+    after: Option<PathBuf>,
+    /// What is to be kept: a set by its name in summary.json
+    #[arg(long, default_value = "retain")]
+    of: String,
+    /// Its number by name: probability or token_accuracy
+    #[arg(long, default_value = "probability")]
+    metric: String,
+    /// Share of that number before which is to be kept
+    #[arg(long, default_value_t = 0.95)]
+    keep: f64,
+    /// Models that are evaluated
+    #[arg(long, default_value_t = 10)]
+    evaluations: usize,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    to: ToModel,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum SideWord {
-    Input,
-    Output,
-    Both,
-}
-
-pub(super) fn weights(verb: &WeightsVerb, launched: &Launched) -> anyhow::Result<()> {
+pub(super) fn weights(verb: &WeightsVerb, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     with_ranks(launched, |ranks| {
+        if let WeightsVerb::Calibrate(options) = verb {
+            return calibrated(options, ranks, launched, started);
+        }
         let world = ranks.world(1, None, TIMEOUT, launched)?;
         set_threads(0, &world)?;
         tch::no_grad(|| work(verb, &world))
@@ -138,10 +159,9 @@ fn work(verb: &WeightsVerb, world: &World) -> anyhow::Result<()> {
         WeightsVerb::Difference { to, .. } => to,
         WeightsVerb::Discriminate(options) => &options.to,
         WeightsVerb::Add { to, .. } | WeightsVerb::Mix { to, .. } => &to.to,
+        WeightsVerb::Calibrate(options) => &options.to.to,
     };
-    if target.out.exists() {
-        bail!("{} exists; choose another --out, or move it away", target.out.display());
-    }
+    target.is_free()?;
     match verb {
         WeightsVerb::Difference { tuned, start, tensors, to } => {
             let (tuned, start) = (Folder::open(tuned)?, Folder::open(start)?);
@@ -154,6 +174,7 @@ fn work(verb: &WeightsVerb, world: &World) -> anyhow::Result<()> {
             }
             weights::add(&Folder::open(model)?, &Folder::open(task)?, *strength, &to.output(), world, || ())?;
         }
+        WeightsVerb::Calibrate(_) => unreachable!("invariant: it has its own ranks"),
         WeightsVerb::Mix { model, other, share, tensors, to } => {
             if !(0.0..=1.0).contains(share) {
                 bail!("--share is {share}; expected a number from 0 to 1");
@@ -167,20 +188,57 @@ fn work(verb: &WeightsVerb, world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn calibrated(options: &CalibrateOptions, ranks: &Ranks, launched: &Launched, started: Instant) -> anyhow::Result<()> {
+    let CalibrateOptions { of, metric, keep, evaluations, to, .. } = options;
+    to.to.is_free()?;
+    if !(*keep > 0.0 && *keep <= 1.0) || *evaluations < 3 {
+        bail!("expected --keep above 0 and at most 1, and --evaluations of at least 3");
+    }
+    let config = config::from_file(&options.config, &options.set)?;
+    let run = RunOptions::quiet(&options.config);
+    let context = prepare(ranks, &run, &config, launched, started)?;
+    context.world.watchdog.set_deadline(TIMEOUT);
+    let after = options.after.clone().unwrap_or_else(|| config.run.dir.join("model"));
+    let wish = Calibration { set: of.clone(), metric: metric.clone(), keep: *keep, evaluations: *evaluations };
+    tch::no_grad(|| -> anyhow::Result<()> {
+        let found = calibrate(&config, &after, &wish, &context)?;
+        let (after, before) = (Folder::open(&after)?, Folder::open(&config.model.path)?);
+        weights::mix(&after, &before, found.share, &["*".to_owned()], &to.output(), &context.world, || ())?;
+        if context.world.is_first() {
+            if options.json {
+                println!("{}", serde_json::to_string_pretty(&found)?);
+            } else {
+                tell(&found, &to.to.out);
+            }
+        }
+        Ok(())
+    })
+}
+
+fn tell(found: &Calibrated, out: &Path) {
+    let sets = &found.found().sets;
+    let names: Vec<String> = sets.iter().map(|(name, _)| format!("{name} probability")).collect();
+    let head: Vec<&str> =
+        std::iter::once("share of the model before").chain(names.iter().map(String::as_str)).collect();
+    let mut tried: Vec<_> = found.tried.iter().collect();
+    tried.sort_by(|a, b| a.share.total_cmp(&b.share));
+    let rows = tried.iter().map(|mixture| {
+        let here = if mixture.share == found.share { " *" } else { "" };
+        let numbers = mixture.sets.iter().map(|(_, scores)| format!("{:.4}", scores.probability));
+        std::iter::once(format!("{:.4}{here}", mixture.share)).chain(numbers).collect()
+    });
+    print!("{}", table(&head, &rows.collect::<Vec<_>>()));
+    let Calibrated { set, metric, before, bar, .. } = found;
+    println!("* {set} {metric} at least {bar:.4}, of {before:.4} before: {}", out.display());
+}
+
 fn discriminate(options: &DiscriminateOptions, world: &World) -> anyhow::Result<()> {
     if !(options.energy > 0.0 && options.energy <= 1.0) || options.max_rank == 0 {
         bail!("expected --energy above 0 and at most 1, and --max-rank of at least 1");
     }
     let how = Discrimination {
-        mode: match options.mode {
-            ModeWord::Projection => Mode::Projection,
-            ModeWord::Frobenius => Mode::Frobenius,
-        },
-        side: match options.side {
-            SideWord::Input => Side::Input,
-            SideWord::Output => Side::Output,
-            SideWord::Both => Side::Both,
-        },
+        mode: options.mode,
+        side: options.side,
         basis: SubspaceOptions {
             energy: options.energy,
             max_rank: options.max_rank,
@@ -217,6 +275,13 @@ fn row(report: &MatrixReport) -> Vec<String> {
 }
 
 impl To {
+    fn is_free(&self) -> anyhow::Result<()> {
+        if self.out.exists() {
+            bail!("{} exists; choose another --out, or move it away", self.out.display());
+        }
+        Ok(())
+    }
+
     fn output(&self, kind: Option<tch::Kind>) -> Output<'_> {
         Output { target: &self.out, kind, max_shard_bytes: self.max_shard_size }
     }

@@ -15,7 +15,9 @@ impl Optimizer {
 pub(super) fn fill(config: &mut Config) {
     let method = &mut config.method;
     method.fill_own_keys();
-    if method.objective != Objective::Finetune {
+    if method.objective.is_weight_space() {
+        config.subspace.get_or_insert_default();
+    } else if method.objective != Objective::Finetune {
         method.forget_weight.get_or_insert(Method::WEIGHT);
     }
     if method.retain != Retain::None && method.dual_start.is_none() {

@@ -138,14 +138,30 @@ pub enum Objective {
     AdvRmu,
     /// Flat logits under a bound on the retain loss, primal-dual.
     Pdu,
+    /// Subtracts what is the task's own in weight space; see `[subspace]`.
+    Unlearn,
+    /// Adds what is the own of the task in `data.train`; see `[subspace]`.
+    Learn,
+}
+
+impl Objective {
+    /// Trains on `data.train` instead of forgetting `data.forget`.
+    pub fn learns(self) -> bool {
+        matches!(self, Self::Finetune | Self::Learn)
+    }
+
+    /// Changes the model by arithmetic on matrices that were trained for it.
+    pub fn is_weight_space(self) -> bool {
+        matches!(self, Self::Unlearn | Self::Learn)
+    }
 }
 
 /// All of them.
-pub const OBJECTIVES: [Objective; 21] = {
+pub const OBJECTIVES: [Objective; 23] = {
     use Objective::*;
     [
         Finetune, Ga, Idk, Dpo, IdkDpo, Altpo, Kto, Npo, Simnpo, Wga, Tnpo, Satimp, CeU, Undial, Me, Ihl, Flat, Rmu,
-        AdvNpo, AdvRmu, Pdu,
+        AdvNpo, AdvRmu, Pdu, Unlearn, Learn,
     ]
 };
 
@@ -206,7 +222,12 @@ pub enum Positions {
 /// Keys that an objective takes, with their defaults. docs/methods.md has the source of each.
 fn own(objective: Objective) -> &'static str {
     match objective {
-        Objective::Finetune | Objective::Ga | Objective::Idk | Objective::Ihl => "",
+        Objective::Finetune
+        | Objective::Ga
+        | Objective::Idk
+        | Objective::Ihl
+        | Objective::Unlearn
+        | Objective::Learn => "",
         Objective::Npo | Objective::Dpo | Objective::IdkDpo | Objective::Altpo => "beta = 0.1",
         Objective::Kto => "beta = 0.1\nform = 'paper'",
         Objective::Simnpo => "beta = 4.5\ndelta = 0.0",

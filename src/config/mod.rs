@@ -9,6 +9,7 @@ mod load;
 mod method;
 mod schema;
 mod scope;
+mod subspace;
 mod validate;
 mod words;
 
@@ -18,3 +19,4 @@ pub use load::{digest, from_file, from_str, json_schema, to_json, to_toml};
 pub use method::*;
 pub use schema::*;
 pub use scope::*;
+pub use subspace::{Mode, Side, StageOrder, StartFrom, Subspace};

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::data::{Source, Template};
 use super::method::Method;
 use super::scope::{Before, Scope};
+use super::subspace::Subspace;
 
 /// Everything about one run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -26,6 +27,8 @@ pub struct Config {
     pub scope: Scope,
     #[serde(default, skip_serializing_if = "Before::is_nothing")]
     pub before: Before,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subspace: Option<Subspace>,
     pub train: Train,
     pub optimizer: Optimizer,
     #[serde(default)]
@@ -150,7 +153,7 @@ pub struct Data {
     /// Samples to keep; needed by a retain term, evaluated whenever given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retain: Option<Source>,
-    /// Samples to train on; only for `objective = "finetune"`.
+    /// Samples to train on; only for `objective = "finetune"` and `"learn"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<Source>,
     /// File of refusals, one a line, for methods that use them (`idk`, `idk_dpo`, `kto`, `flat`, retain `ap`) where a sample has none of its

@@ -5,6 +5,7 @@ use super::error::ConfigError;
 use super::method::{Compat, Method, Objective, Positions, Retain};
 use super::schema::{Config, Device, Dp, Eval, Export, Optimizer, OptimizerName, StateDtype};
 use super::scope::{LoraInit, Mask, Score, Unit};
+use super::subspace;
 
 /// Checks what one key says against what the others say.
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
@@ -14,6 +15,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     optimizer(config)?;
     scope(config)?;
     before(config)?;
+    subspace::validate(config)?;
     let parallel = &config.parallel;
     positive("parallel.tp", parallel.tp as f64)?;
     positive("parallel.bucket_mib", parallel.bucket_mib)?;
@@ -130,16 +132,20 @@ fn method(config: &Config) -> Result<(), ConfigError> {
 
 fn data(config: &Config) -> Result<(), ConfigError> {
     let data = &config.data;
-    let finetune = config.method.objective == Objective::Finetune;
-    match (finetune, &data.train, &data.forget) {
+    let learns = config.method.objective.learns();
+    match (learns, &data.train, &data.forget) {
         (true, None, _) => {
             return Err(ConfigError::value(
                 "data.train",
-                "missing; objective \"finetune\" needs it: write train = { path = \"train.jsonl\", kind = \"qa\" }",
+                "missing; objectives \"finetune\" and \"learn\" need it: write train = { path = \"train.jsonl\", kind = \"qa\" }",
             ));
         }
         (false, Some(_), _) => {
-            return no_effect("data.train", "unless method.objective = \"finetune\"", "write data.forget instead");
+            return no_effect(
+                "data.train",
+                "unless method.objective = \"finetune\" or \"learn\"",
+                "write data.forget instead",
+            );
         }
         (false, None, None) => {
             return Err(ConfigError::value(
@@ -156,7 +162,7 @@ fn data(config: &Config) -> Result<(), ConfigError> {
         ));
     }
     let evaluated = config.eval.before || config.eval.after || config.eval.every > 0;
-    let unused = if finetune { &data.forget } else { &None };
+    let unused = if learns { &data.forget } else { &None };
     for (key, source) in [("data.forget", unused), ("data.retain", &data.retain)] {
         let needed = key == "data.retain" && config.method.retain != Retain::None;
         if source.is_some() && !needed && !evaluated {

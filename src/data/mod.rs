@@ -7,6 +7,7 @@ mod order;
 mod pack;
 mod record;
 mod refusals;
+pub mod small_model;
 pub mod synth;
 mod template;
 

@@ -93,7 +93,7 @@ fn unequal(channels: &[Channel]) -> Option<Parting> {
             let signature = |call: &Call| (call.op.clone(), call.kind.clone(), call.count);
             let mut votes: BTreeMap<_, Vec<usize>> = BTreeMap::new();
             said.iter().for_each(|(rank, call, _)| votes.entry(signature(call)).or_default().push(*rank));
-            (votes.len() > 1).then(|| (seq, said, votes))
+            (votes.len() > 1).then_some((seq, said, votes))
         });
         let Some((seq, said, votes)) = differing else { continue };
         let start = said.iter().map(|(_, _, start)| *start).fold(f64::INFINITY, f64::min);

@@ -148,7 +148,7 @@ impl Ring {
     }
 
     pub(super) fn channel(&mut self, axis: &str, members: &[usize]) -> usize {
-        self.channels.push(Channel::named(axis, &members));
+        self.channels.push(Channel::named(axis, members));
         self.channels.len() - 1
     }
 

@@ -154,6 +154,11 @@ impl Watchdog {
         (state.phase, state.phase_since, state.deadline) = (phase, Instant::now(), deadline);
     }
 
+    /// Changes how long one wait may take, in the same phase.
+    pub fn set_deadline(&self, deadline: Duration) {
+        self.lock().deadline = deadline;
+    }
+
     /// What this rank is doing, and since when.
     pub fn phase(&self) -> (Phase, Duration) {
         let state = self.lock();
@@ -299,7 +304,7 @@ impl State {
 
     fn describe(&self, dump: &mut Dump) {
         dump.phase_seconds = self.phase_since.elapsed().as_secs_f64();
-        dump.deadline_seconds = (self.deadline != Duration::MAX).then(|| self.deadline.as_secs_f64());
+        dump.deadline_seconds = (self.deadline != Duration::MAX).then_some(self.deadline.as_secs_f64());
         dump.waiting = self.waiting.as_ref().map(|wait| super::flight::Waiting {
             what: self.words(&wait.what),
             seconds: wait.since.elapsed().as_secs_f64(),

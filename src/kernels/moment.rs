@@ -157,6 +157,37 @@ impl Moment {
         Self { values, scales: None, codes: self.codes }
     }
 
+    /// The scale of each element's block at `indices` (i64) of `len` elements and 0 elsewhere, f32; None where there are no codes.
+    pub fn spread_scales(&self, indices: &Tensor, len: i64) -> Option<Self> {
+        let each = self.scales.as_ref()?.repeat_interleave_self_int(BLOCK as i64, 0, None);
+        let mut values = Tensor::zeros([len], (Kind::Float, self.values.device()));
+        let _ = values.index_copy_(0, indices, &each.narrow(0, 0, self.values.size()[0]));
+        Some(Self { values, scales: None, codes: self.codes })
+    }
+
+    /// Takes numbers that were read from codes back to the same codes, given the scale of each: both `[len]` f32. False, and nothing
+    /// changes, where the scales are not those of this moment's blocks.
+    pub fn write_with_scales(&mut self, numbers: &Tensor, scales: &Tensor) -> bool {
+        let Some(old) = &mut self.scales else { return false };
+        let len = numbers.size()[0];
+        let padding = old.size()[0] * BLOCK as i64 - len;
+        let blocks = |x: &Tensor, with: f64| {
+            let rest = Tensor::full([padding], with, (Kind::Float, x.device()));
+            Tensor::cat(&[x, &rest], 0).view([-1, BLOCK as i64])
+        };
+        let (lowest, scales) =
+            (blocks(scales, f64::INFINITY).amin([1i64], true), blocks(scales, -1.0).amax([1i64], true));
+        if !lowest.equal(&scales) {
+            return false;
+        }
+        let inverse = scales.reciprocal().where_scalarother(&scales.gt(0.0), 0.0);
+        let cuts = Tensor::from_slice(&Book::of(self.codes).cuts[..255]).to_device(numbers.device());
+        let codes = (blocks(numbers, 0.0) * inverse).bucketize(&cuts, false, false);
+        self.values.copy_(&codes.view([-1]).narrow(0, 0, len));
+        old.copy_(&scales.view([-1]));
+        true
+    }
+
     /// Replaces the moment's numbers by `numbers: [len]` f32, rounded to its storage.
     ///
     /// Codes that were read and are written again may differ: the signed book has no -1, so a block whose largest number is

@@ -9,6 +9,7 @@ use crate::data::DataError;
 use crate::model::ModelError;
 use crate::scope::ScopeError;
 use crate::train::NonFinite;
+use crate::weights::WeightsError;
 
 /// Why a run ended. The message is complete; `cli` adds nothing but the rank.
 #[derive(Debug, Error)]
@@ -21,6 +22,8 @@ pub enum RunError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Scope(#[from] ScopeError),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
     #[error(transparent)]
     NonFinite(#[from] NonFinite),
     #[error("{0}")]

@@ -51,6 +51,8 @@ pub enum Occasion {
     /// Before a save.
     Save,
     Export,
+    /// After the export, before the summary.
+    End,
 }
 
 const KINDS: [(&str, Kind); 7] = [
@@ -62,13 +64,14 @@ const KINDS: [(&str, Kind); 7] = [
     ("order", Kind::Order),
     ("slow", Kind::Slow),
 ];
-const OCCASIONS: [(&str, Occasion, usize); 6] = [
+const OCCASIONS: [(&str, Occasion, usize); 7] = [
     ("load", Occasion::Load, 1),
     ("step", Occasion::Step, 2),
     ("collective", Occasion::Collective, 4),
     ("eval", Occasion::Eval, 1),
     ("save", Occasion::Save, 1),
     ("export", Occasion::Export, 1),
+    ("end", Occasion::End, 1),
 ];
 
 /// Lets a fault happen when its time has come.

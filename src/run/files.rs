@@ -20,7 +20,7 @@ pub struct RunFolder {
 
 /// First line of a run folder's `config.toml`: the sign that the folder is ours to write in.
 const MARK: &str = "# Resolved configuration of a run, written by dunlearn.\n";
-/// What a run writes into its folder, besides `config.toml` and the cache.
+/// What a run writes into its folder, besides `config.toml` and the cache and tasks.
 const RESULTS: [&str; 10] = [
     "summary.json",
     "status.json",
@@ -74,19 +74,21 @@ impl RunFolder {
         }
         let written_by_us =
             std::fs::read_to_string(folder.join("config.toml")).is_ok_and(|text| text.starts_with(MARK));
-        let found = RESULTS.iter().chain(&["config.toml", "cache"]).find(|name| folder.join(name).exists());
+        let found = RESULTS.iter().chain(&["config.toml", "cache", "tasks"]).find(|name| folder.join(name).exists());
         if let Some(name) = found.filter(|_| !written_by_us) {
             return Some(format!(
                 "run.dir: {} exists and was not written by a run; choose another run.dir, or move it away",
                 folder.join(name).display()
             ));
         }
-        if start != Start::New {
+        let finished = folder.join("summary.json").exists();
+        // what is trained of a task is kept layer by layer, with what it was trained from
+        if start != Start::New || (config.method.objective.is_weight_space() && !finished) {
             return None;
         }
         let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
         let steps = metrics.lines().filter(|line| line.contains("\"loss\"")).count();
-        let what = match (folder.join("summary.json").exists(), steps) {
+        let what = match (finished, steps) {
             (true, _) => "a finished run".to_owned(),
             (false, 0) => return None,
             (false, steps) => format!("a run that stopped after {steps} steps"),
@@ -104,21 +106,27 @@ impl RunFolder {
         let folder = Self { path: config.run.dir.clone() };
         let world = &context.world;
         if world.is_first() {
-            let old = if start == Start::New { &RESULTS[..] } else { &[] };
+            let write = |path: &Path, source| RunError::Write { path: path.to_owned(), source };
+            // the sign that the folder is ours comes first and in one piece: a run may be killed right here
+            std::fs::create_dir_all(&folder.path).map_err(|e| write(&folder.path, e))?;
+            let path = folder.path.join("config.toml");
+            replace(&path, &[MARK, &config::to_toml(config)].concat()).map_err(|e| write(&path, e))?;
+            if start == Start::New {
+                folder.remove_checkpoints()?;
+            }
+            // a run that goes on writes its model once more: the one that is there may lack what comes after it
+            let old = if start == Start::New { &RESULTS[..] } else { &["model", "adapter"] };
             for path in old.iter().map(|name| folder.path.join(name)) {
                 let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { remove_if_there(&path) };
-                gone.map_err(|source| RunError::Write { path, source })?;
+                gone.map_err(|e| write(&path, e))?;
             }
             folder.put_flight_away()?;
             let logs = folder.path.join("logs");
-            std::fs::create_dir_all(&logs).map_err(|source| RunError::Write { path: logs, source })?;
-            let path = folder.path.join("config.toml");
-            let text = [MARK, &config::to_toml(config)].concat();
-            std::fs::write(&path, text).map_err(|source| RunError::Write { path, source })?;
+            std::fs::create_dir_all(&logs).map_err(|e| write(&logs, e))?;
         }
         if world.is_first() {
-            for name in Store::of_run(&folder.path).clean()? {
-                tracing::info!("removed {name}, which an interrupted save has left");
+            for told in Store::of_run(&folder.path).clean()? {
+                tracing::info!("{told}");
             }
         }
         world.world.barrier();
@@ -163,7 +171,7 @@ impl RunFolder {
 
     fn newest_checkpoint(&self) -> Option<Saved> {
         let store = Store::of_run(&self.path);
-        let step = store.steps().last().copied()?;
+        let step = store.steps().ok()?.last().copied()?;
         let written =
             std::fs::metadata(store.folder().join(format!("step_{step:06}"))).and_then(|about| about.modified());
         let time = written.ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
@@ -176,6 +184,22 @@ impl RunFolder {
         if context.world.is_first() {
             context.board.end(state, None);
         }
+    }
+
+    /// All at once, so that an interruption leaves none of which a part is missing.
+    fn remove_checkpoints(&self) -> Result<(), RunError> {
+        let (path, gone) = (self.path.join("checkpoints"), self.path.join("checkpoints.removed"));
+        let remove = || {
+            if gone.exists() {
+                std::fs::remove_dir_all(&gone)?;
+            }
+            if path.exists() {
+                std::fs::rename(&path, &gone)?;
+                std::fs::remove_dir_all(&gone)?;
+            }
+            Ok(())
+        };
+        remove().map_err(|source| RunError::Write { path, source })
     }
 
     /// Opens `metrics.jsonl` on the first rank and writes its first line: what runs, on what.
@@ -219,6 +243,11 @@ impl RunFolder {
         Ok(path)
     }
 
+    /// Task matrices by the task's name; kept when a run starts anew.
+    pub fn tasks(&self) -> PathBuf {
+        self.path.join("tasks")
+    }
+
     /// Where low-rank adapters go, in PEFT's format.
     pub fn adapter(&self) -> PathBuf {
         self.path.join("adapter")
@@ -233,14 +262,20 @@ impl RunFolder {
         if world.is_first() {
             let path = self.path.join("summary.json");
             let text = serde_json::to_string_pretty(summary).expect("invariant: a summary is JSON");
-            let partial = path.with_extension("json.partial");
-            std::fs::write(&partial, text + "\n")
-                .and_then(|()| std::fs::rename(&partial, &path))
-                .map_err(|source| RunError::Write { path, source })?;
+            replace(&path, &(text + "\n")).map_err(|source| RunError::Write { path, source })?;
         }
         world.world.barrier();
         Ok(())
     }
+}
+
+/// Writes a file in one piece: whoever looks sees the old one or the whole new one.
+fn replace(path: &Path, text: &str) -> std::io::Result<()> {
+    let partial = path.with_extension("partial");
+    let mut file = std::fs::File::create(&partial)?;
+    std::io::Write::write_all(&mut file, text.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&partial, path)
 }
 
 fn remove_if_there(path: &Path) -> std::io::Result<()> {

@@ -5,8 +5,8 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 use super::RunError;
-use crate::checkpoint::Folder;
-use crate::config::{Config, Init, Objective, Precision, Retain, Template, TemplateName};
+use crate::checkpoint::{CheckpointError, Folder};
+use crate::config::{Config, Init, Precision, Retain, Template, TemplateName};
 use crate::data::{Dataset, Encoder, Refusals, Wanted, overlap};
 use crate::dist::World;
 use crate::model::sharding::Table;
@@ -24,6 +24,8 @@ pub struct Inputs {
     pub retain: Option<Dataset>,
     /// Samples that are only evaluated.
     watched: Option<Dataset>,
+    /// Tasks that are like the one in `anchors`, with their names.
+    pub similar: Vec<(String, Dataset)>,
     /// The folder's weights until they are loaded; None for a random start.
     weights: Option<Folder>,
     /// Kind of the weights that were read.
@@ -75,17 +77,23 @@ impl Inputs {
         let load = |name: &str, source, wanted| {
             Dataset::load_pairs(name, source, &encoder, data.max_length, wanted, &refusals)
         };
-        let finetune = config.method.objective == Objective::Finetune;
+        let learns = config.method.objective.learns();
         let (key, anchors_name, source) =
-            if finetune { ("data.train", "train", &data.train) } else { ("data.forget", "forget", &data.forget) };
+            if learns { ("data.train", "train", &data.train) } else { ("data.forget", "forget", &data.forget) };
         let source = source.as_ref().expect("invariant: the configuration was validated");
         let anchors = load(key, source, wanted)?;
         let retain = data.retain.as_ref().map(|source| load("data.retain", source, retain_wanted)).transpose()?;
-        let watched = data.forget.as_ref().filter(|_| finetune);
+        let watched = data.forget.as_ref().filter(|_| learns);
         let watched = watched.map(|source| load("data.forget", source, Wanted::Nothing)).transpose()?;
+        let similar = config.subspace.iter().flat_map(|subspace| &subspace.similar).enumerate();
+        let similar = similar.map(|(index, source)| {
+            let set = load(&format!("subspace.similar[{index}]"), source, Wanted::Nothing)?;
+            Ok::<_, RunError>((format!("similar_{}", index + 1), set))
+        });
+        let similar = similar.collect::<Result<_, _>>()?;
         let stored_kind = weights.as_ref().map_or(Kind::Float, Folder::kind);
         let mut inputs =
-            Self { arch, anchors, retain, watched, weights, stored_kind, anchors_name, warnings: Vec::new() };
+            Self { arch, anchors, retain, watched, similar, weights, stored_kind, anchors_name, warnings: Vec::new() };
         inputs.check(config)?;
         for warning in &inputs.warnings {
             tell(world, warning);
@@ -105,11 +113,34 @@ impl Inputs {
         device: Device,
         console: &Console,
     ) -> Result<Loaded, RunError> {
-        let (whole, (table, layout, names)) = (self.table(config, world)?, self.layout(config, world)?);
-        let kind = match config.train.precision {
-            Precision::Bf16 => Kind::BFloat16,
-            Precision::F32 => Kind::Float,
-        };
+        let layout = self.layout(config, world)?;
+        self.load_as(layout, config, world, device, console)
+    }
+
+    /// As [`Self::load`] with nothing trained.
+    pub fn load_still(
+        &mut self,
+        config: &Config,
+        world: &World,
+        device: Device,
+        console: &Console,
+    ) -> Result<Loaded, RunError> {
+        let (mut table, names) = (self.table(config, world)?, self.layout(config, world)?.2);
+        table.freeze(|_| false);
+        let layout = layout_of(&table, config, world);
+        self.load_as((table, layout, names), config, world, device, console)
+    }
+
+    fn load_as(
+        &mut self,
+        (table, layout, names): (Table, Layout, Vec<String>),
+        config: &Config,
+        world: &World,
+        device: Device,
+        console: &Console,
+    ) -> Result<Loaded, RunError> {
+        let whole = self.table(config, world)?;
+        let kind = computing_kind(config);
         let pieces: usize = table.params.iter().map(|param| param.pieces.len()).sum();
         let mut bar = console.progress("model", pieces as u64, "slices");
         let (seed, std) = (config.run.seed, self.arch.initializer_range);
@@ -122,7 +153,7 @@ impl Inputs {
             }
         })?;
         drop(bar);
-        let identity = self.identity(config, world)?;
+        let identity = model_digest(&self.arch, self.weights.as_ref(), config.run.seed, world)?;
         self.weights = None;
         let decoder = Decoder {
             arch: self.arch.clone(),
@@ -151,6 +182,13 @@ impl Inputs {
     pub fn table(&self, config: &Config, world: &World) -> Result<Table, RunError> {
         let mesh = world.mesh;
         Ok(Table::new(&self.arch, mesh.tp, mesh.tp_rank(), config.parallel.sequence_parallel)?)
+    }
+
+    /// The shards of every tensor-parallel rank with everything trained.
+    pub fn tables(&self, config: &Config, world: &World) -> Result<Vec<Table>, RunError> {
+        let (tp, spread) = (world.mesh.tp, config.parallel.sequence_parallel);
+        let tables: Result<Vec<Table>, _> = (0..tp).map(|rank| Table::new(&self.arch, tp, rank, spread)).collect();
+        Ok(tables?)
     }
 
     /// Where this rank's part of every parameter lies, and the names of the tensors that may change.
@@ -200,30 +238,14 @@ impl Inputs {
     }
 
     /// All sets that are evaluated, by name.
-    pub fn sets(&self) -> Vec<(&'static str, &Dataset)> {
+    pub fn sets(&self) -> Vec<(&str, &Dataset)> {
         let named = [
             (self.anchors_name, Some(&self.anchors)),
             ("forget", self.watched.as_ref()),
             ("retain", self.retain.as_ref()),
         ];
-        named.into_iter().filter_map(|(name, set)| Some((name, set?))).collect()
-    }
-
-    /// Digest of the weight files and the architecture, or of what random weights are made from. All ranks call it.
-    fn identity(&self, config: &Config, world: &World) -> Result<String, RunError> {
-        let mut lines = match &self.weights {
-            None => vec![format!("random {} {:?}", config.run.seed, self.arch)],
-            Some(folder) => {
-                let mine = folder.digests(world.mesh.rank, world.mesh.world())?.join("\n");
-                let all = world.world.gather_bytes(mine.as_bytes());
-                let all = all.iter().map(|text| String::from_utf8_lossy(text).into_owned());
-                let files = all.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
-                // the same weights are another model under another config.json
-                files.chain([format!("{:?}", self.arch)]).collect()
-            }
-        };
-        lines.sort();
-        Ok(blake3::hash(lines.join("\n").as_bytes()).to_hex().to_string())
+        let similar = self.similar.iter().map(|(name, set)| (name.as_str(), Some(set)));
+        named.into_iter().chain(similar).filter_map(|(name, set)| Some((name, set?))).collect()
     }
 
     fn check(&mut self, config: &Config) -> Result<(), RunError> {
@@ -284,8 +306,38 @@ pub fn layout_of(table: &Table, config: &Config, world: &World) -> Layout {
     Layout::new(table, bucket.max(1), owners, owner)
 }
 
+/// The kind of tensor that the model computes in.
+pub fn computing_kind(config: &Config) -> Kind {
+    match config.train.precision {
+        Precision::Bf16 => Kind::BFloat16,
+        Precision::F32 => Kind::Float,
+    }
+}
+
 fn tell(world: &World, warning: &str) {
     if world.is_first() {
         tracing::warn!("{warning}");
     }
+}
+
+/// Digest of the weight files and the architecture, or of what random weights are made from. All ranks call it.
+pub fn model_digest(
+    arch: &Architecture,
+    weights: Option<&Folder>,
+    seed: u64,
+    world: &World,
+) -> Result<String, CheckpointError> {
+    let mut lines = match weights {
+        None => vec![format!("random {seed} {arch:?}")],
+        Some(folder) => {
+            let mine = folder.digests(world.mesh.rank, world.mesh.world())?.join("\n");
+            let all = world.world.gather_bytes(mine.as_bytes());
+            let all = all.iter().map(|text| String::from_utf8_lossy(text).into_owned());
+            let files = all.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
+            // the same weights are another model under another config.json
+            files.chain([format!("{arch:?}")]).collect()
+        }
+    };
+    lines.sort();
+    Ok(blake3::hash(lines.join("\n").as_bytes()).to_hex().to_string())
 }

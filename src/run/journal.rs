@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Context, RunError, process};
 use crate::dist::World;
@@ -19,7 +19,10 @@ pub(super) struct Journal<'a> {
     /// Spent in collectives when the last step was told.
     pub(super) comm_seconds: f64,
     pub(super) told: Instant,
+    /// From the start of the process to the first step that it told of.
     pub(super) seconds_to_first_step: f64,
+    /// Further keys of a line; none where it is null.
+    pub(super) stage: Value,
 }
 
 impl Journal<'_> {
@@ -33,7 +36,7 @@ impl Journal<'_> {
         context: &Context,
     ) -> Result<(), RunError> {
         let seconds = std::mem::replace(&mut self.told, Instant::now()).elapsed().as_secs_f64();
-        if step == 0 {
+        if self.seconds_to_first_step == 0.0 {
             self.seconds_to_first_step = context.started.elapsed().as_secs_f64();
         }
         let communication = comm_seconds(&context.world);
@@ -46,6 +49,7 @@ impl Journal<'_> {
             "retain_loss": losses.retain,
             "grad_norm": report.grad_norm,
             "lr": report.lr,
+            "tokens": work.tokens,
             "forget_tokens": work.scored.0,
             "retain_tokens": work.scored.1,
             "tokens_per_s": work.tokens as f64 / seconds,
@@ -60,6 +64,9 @@ impl Journal<'_> {
         }
         if trainer.method.dual.is_some() {
             line["retain_weight"] = json!(trainer.method.retain_weight);
+        }
+        for (name, value) in self.stage.as_object().into_iter().flatten() {
+            line[name] = value.clone();
         }
         self.metrics.write(&line)?;
         context.board.step(step + 1, losses.total, seconds, work.tokens);

@@ -1,5 +1,6 @@
 //! One run, from a checked configuration to an exported model: [`run`] reads top to bottom.
 
+mod calibrate;
 mod error;
 mod fault;
 mod files;
@@ -11,22 +12,26 @@ mod reference;
 mod resume;
 mod saving;
 mod stages;
+mod subspace;
 mod summary;
+mod trained;
 
+pub use calibrate::{Calibrated, Calibration, calibrate};
 pub use error::RunError;
 pub use fault::{Fault, Occasion};
-pub use inputs::{Inputs, Loaded};
+pub use inputs::{Inputs, Loaded, model_digest};
 pub use memory::{Memory, MemoryWords};
 pub use summary::{Evaluations, Summary};
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tch::{Device, Kind};
 
 use crate::abi::signals;
-use crate::checkpoint::{ExportOptions, Folder, Store, export, export_adapter};
+use crate::checkpoint::{CheckpointError, ExportOptions, Folder, Store, export, export_adapter};
 use crate::config::{self, Config};
 use crate::data::{Dataset, Order, RowsOf, Stream};
 use crate::dist::{Phase, World};
@@ -48,6 +53,7 @@ use reference::{Identity, Kept, ReferenceCache, ReferenceOptions};
 use resume::Start;
 use saving::{Next, Saver};
 use stages::Stages;
+use trained::Trained;
 
 /// What a run is given besides its configuration.
 pub struct Context {
@@ -74,6 +80,9 @@ pub struct Context {
     pub board: Board,
 }
 
+/// Longest wait for a rank that reads or writes files.
+const FILES_DEADLINE: Duration = Duration::from_secs(3600);
+
 /// Runs to the end. All ranks call it; the summary is the same on all.
 pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let Context { world, console, board, .. } = &context;
@@ -91,6 +100,9 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let folder = RunFolder::create(config, &context, start)?;
     folder.watch(&context);
     let (mut metrics, past) = folder.metrics(config, &context, start)?;
+    if config.method.objective.is_weight_space() {
+        return subspace::run(config, inputs, &folder, &mut metrics, &context, &stages, &faults);
+    }
     let (table, layout, _) = inputs.layout(config, world)?;
     let frozen = layout.places.iter().zip(&table.params).filter(|(place, _)| place.is_none());
     let frozen = frozen.map(|(_, param)| param.num_elements() as usize).sum();
@@ -105,14 +117,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let method = unlearn::method(&config.method, config.run.seed, per_epoch);
     let batches = batches(config, &inputs, &method);
     one_micro_batch_a_step(config, &batches, steps, world)?;
-    let forward =
-        ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 };
-    let holding = GradientOptions {
-        kind: train::kind(config.train.grad_dtype),
-        reduce: train::kind(config.parallel.reduce_dtype),
-        release: config.optimizer.in_backward,
-        device: decoder.device,
-    };
+    let forward = forward_options(config);
+    let holding = gradient_options(config, decoder.device);
     // a score needs all gradients at once, in f32; what training needs comes after it
     let scored = GradientOptions::f32(decoder.device);
     let buffers = |trainer: &Trainer, options| {
@@ -124,15 +130,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let mut trainer = Trainer {
         schedule: Schedule::new(&config.schedule, config.optimizer.lr, steps, per_epoch),
         method,
-        options: TrainerOptions {
-            in_backward: config.optimizer.in_backward,
-            keep: match config.train.recompute {
-                config::Recompute::None => Keep::Everything,
-                config::Recompute::HalfBlock => Keep::Inputs,
-            },
-            logits_bytes: forward.logits_bytes,
-            max_grad_norm: config.optimizer.max_grad_norm,
-        },
+        options: trainer_options(config),
         broken: Trainer::whole(decoder.device),
         decoder,
         parameters,
@@ -146,6 +144,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     if let Some(selection) = scope::select(&mut trainer, config, &names, inputs.scored(config), &mask, again, world)? {
         trainer.parameters.selection = Some(selection);
     }
+    let mut digests = inputs.digests(&identity);
+    digests.extend(mask_digest(&trainer, &mask, world)?);
     if scores {
         trainer.gradients = buffers(&trainer, holding);
     }
@@ -157,14 +157,14 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let reference_start = Instant::now();
     let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
     let reference_seconds = reference_start.elapsed().as_secs_f64();
-    let mut saver = Saver::new(config, inputs.digests(&identity).into_iter().collect(), board);
+    let mut saver = Saver::new(config, digests.iter().cloned().collect(), board);
     let mut evaluations = Evaluations { before: past.before, during: past.during, ..Evaluations::default() };
     let first = match start {
         Start::New => 0,
         Start::Resume(step) => {
             // the weights before training have told what they had to: the reference and the evaluation are there
             stages.enter(Phase::Load, 3 * inputs.model_bytes());
-            restore(config, &inputs, &mut trainer, step, &identity, &context)?;
+            restore(config, &digests, &mut trainer, step, &context)?;
             step
         }
     };
@@ -187,10 +187,11 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         metrics: &mut metrics,
         progress: console.progress("training", steps as u64, "steps"),
         per_epoch,
-        tokens: 0,
+        tokens: past.tokens,
         comm_seconds: comm_seconds(world),
         told: Instant::now(),
         seconds_to_first_step: 0.0,
+        stage: serde_json::Value::Null,
     };
     // a GPU works while the host prepares the next step: its numbers are read one step late, unless the next step needs them
     let late = usize::from(context.device != Device::Cpu && trainer.method.dual.is_none());
@@ -238,7 +239,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     saver.finish(world)?;
     let Journal { tokens, seconds_to_first_step, progress, .. } = journal;
     drop(progress);
-    let training_seconds = training.elapsed().as_secs_f64();
+    let training_seconds = past.seconds + training.elapsed().as_secs_f64();
 
     trainer.check_weights(steps, world)?;
     if config.eval.after {
@@ -252,6 +253,7 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         faults.at(Occasion::Export)?;
         export_model(config, &inputs, &trainer, world, console, &folder)?;
     }
+    faults.at(Occasion::End)?;
     let summary = Summary::new(
         config,
         &inputs,
@@ -280,32 +282,53 @@ pub enum Outcome {
 /// On all ranks: files that were damaged, or a checkpoint of something else, with the first difference.
 fn restore(
     config: &Config,
-    inputs: &Inputs,
+    digests: &[(String, String)],
     trainer: &mut Trainer,
     step: usize,
-    identity: &str,
     context: &Context,
 ) -> Result<(), RunError> {
     let world = &context.world;
     let saved = Store::of_run(&config.run.dir).open(step)?;
-    if let Some(difference) = resume::difference(&saved, config, &inputs.digests(identity)) {
-        let path = saved.folder.display();
-        if !context.force_resume {
-            let advice = "undo that, start anew with --overwrite, or go on all the same with --force-resume";
-            return Err(RunError::Refused(format!("{path}: {difference}; {advice}")));
-        }
+    let path = saved.folder.display();
+    let differences = resume::differences(&saved, config, digests);
+    if let Some(difference) = differences.first().filter(|_| !context.force_resume) {
+        let others = match differences.len() - 1 {
+            0 => String::new(),
+            others => format!(" (and {others} more)"),
+        };
+        let advice = "undo that, start anew with --overwrite, or go on all the same with --force-resume";
+        return Err(RunError::Refused(format!("{path}: {difference}{others}; {advice}")));
+    }
+    for difference in differences {
         tracing::warn!("--force-resume: {path}: {difference}");
     }
     let mine =
         saved.verify(world.mesh.rank, world.mesh.world()).map_or_else(|error| error.to_string(), |()| String::new());
     let all = world.world.gather_bytes(mine.as_bytes());
     if let Some(words) = all.iter().find(|words| !words.is_empty()) {
-        return Err(RunError::Refused(String::from_utf8_lossy(words).into_owned()));
+        let words = String::from_utf8_lossy(words);
+        let advice = "move the folder away to go on from an older checkpoint, or start anew with --overwrite";
+        return Err(RunError::Refused(format!("{words}. This is the newest checkpoint, {path}; {advice}")));
     }
-    trainer.restore(&saved.state()?, saved.manifest.optimizer_steps, world)?;
+    let files = saved.state()?;
+    files.check_coverage()?;
+    if !trainer.restore(&files, saved.manifest.optimizer_steps, world)? {
+        tracing::warn!("{path} holds no state of the optimizer: its moments and their count start anew");
+    }
     trainer.method.restore(&saved.manifest.method).map_err(RunError::Refused)?;
     tracing::info!("going on after step {step}, from {}", saved.folder.display());
     Ok(())
+}
+
+/// Which weights a run may change is a part of what its checkpoints belong to. All ranks call it.
+fn mask_digest(trainer: &Trainer, path: &Path, world: &World) -> Result<Option<(String, String)>, RunError> {
+    if trainer.parameters.selection.is_none() {
+        return Ok(None);
+    }
+    let bytes = if world.is_first() { std::fs::read(path) } else { Ok(Vec::new()) };
+    let bytes = bytes.map_err(|source| CheckpointError::Read { path: path.to_owned(), source })?;
+    let digest = world.world.broadcast_bytes(blake3::hash(&bytes).to_hex().as_bytes(), 0);
+    Ok(Some(("scope.mask".to_owned(), String::from_utf8_lossy(&digest).into_owned())))
 }
 
 /// What is done to the weights before the first step. All ranks call it.
@@ -373,6 +396,45 @@ fn one_micro_batch_a_step(config: &Config, batches: &Batches, steps: usize, worl
         }
     }
     Ok(())
+}
+
+fn forward_options(config: &Config) -> ForwardOptions {
+    ForwardOptions { budget: config.train.micro_batch_tokens, logits_bytes: config.train.logits_mib * 1048576.0 }
+}
+
+fn gradient_options(config: &Config, device: Device) -> GradientOptions {
+    GradientOptions {
+        kind: train::kind(config.train.grad_dtype),
+        reduce: train::kind(config.parallel.reduce_dtype),
+        release: config.optimizer.in_backward,
+        device,
+    }
+}
+
+fn trainer_options(config: &Config) -> TrainerOptions {
+    TrainerOptions {
+        in_backward: config.optimizer.in_backward,
+        keep: match config.train.recompute {
+            config::Recompute::None => Keep::Everything,
+            config::Recompute::HalfBlock => Keep::Inputs,
+        },
+        logits_bytes: forward_options(config).logits_bytes,
+        max_grad_norm: config.optimizer.max_grad_norm,
+    }
+}
+
+/// The kind of the written weights; None for that of the weights that were read.
+fn export_kind(config: &Config) -> Option<Kind> {
+    match config.export.dtype {
+        config::ExportDtype::Same => None,
+        config::ExportDtype::Bf16 => Some(Kind::BFloat16),
+        config::ExportDtype::F16 => Some(Kind::Half),
+        config::ExportDtype::F32 => Some(Kind::Float),
+    }
+}
+
+fn max_shard_bytes(config: &Config) -> usize {
+    (config.export.max_shard_mib * 1048576.0) as usize
 }
 
 fn total_steps(config: &Config, inputs: &Inputs) -> usize {
@@ -485,14 +547,8 @@ fn export_model(
     console: &Console,
     folder: &RunFolder,
 ) -> Result<(), RunError> {
-    let kind = match config.export.dtype {
-        config::ExportDtype::Same => inputs.stored_kind,
-        config::ExportDtype::Bf16 => Kind::BFloat16,
-        config::ExportDtype::F16 => Kind::Half,
-        config::ExportDtype::F32 => Kind::Float,
-    };
+    let kind = export_kind(config).unwrap_or(inputs.stored_kind);
     let (tp, spread) = (world.mesh.tp, trainer.decoder.sequence_parallel);
-    let full: Result<Vec<Table>, _> = (0..tp).map(|rank| Table::new(&inputs.arch, tp, rank, spread)).collect();
     let narrowed = |rank| -> Result<Table, RunError> {
         let mut table = Table::new(&inputs.arch, tp, rank, spread)?;
         scope::narrow(&mut table, config)?;
@@ -503,34 +559,24 @@ fn export_model(
         source: &config.model.path,
         target: &folder.model(),
         kind,
-        max_shard_bytes: (config.export.max_shard_mib * 1048576.0) as usize,
+        max_shard_bytes: max_shard_bytes(config),
     };
     let tensors = trainer.decoder.table.tensors().len() as u64;
     let mut bar = console.progress("export", tensors, "tensors");
-    let (parameters, table) = (&trainer.parameters, &trainer.decoder.table);
-    let mut open = None;
-    let mut trained = |id: usize| {
-        let (bucket, start) = parameters.layout.places[id].expect("invariant: it is trained");
-        if open.as_ref().is_none_or(|(index, _)| *index != bucket) {
-            open = None;
-            open = Some((bucket, parameters.gather_masters(bucket, &world.dp)));
-        }
-        let (_, flat) = open.as_ref().expect("invariant: just set");
-        let param = &table.params[id];
-        flat.narrow(0, start as i64, param.num_elements()).view(param.shape.as_slice())
-    };
+    let parameters = &trainer.parameters;
+    let mut trained = Trained::new(trainer, world);
     if parameters.frozen_moved && config.scope.lora.is_some() {
         tracing::info!(
             "no adapter folder: the adapters belong to matrices that were changed before training; the model is whole"
         );
     } else if config.scope.lora.is_some() {
         let settings = adapter_settings(config, &trainer.decoder.table);
-        export_adapter(&folder.adapter(), kind, &settings, &tables?, world, &mut trained)?;
+        export_adapter(&folder.adapter(), kind, &settings, &tables?, world, |id| trained.own(id))?;
     }
     if !config.export.model {
         return Ok(());
     }
-    let tables = full?;
+    let tables = inputs.tables(config, world)?;
     // what is not trained leaves as it came, not as it was rounded for computing
     let source = (!parameters.frozen_moved && config.model.init == config::Init::Pretrained)
         .then(|| Folder::open(&config.model.path))
@@ -538,16 +584,11 @@ fn export_model(
     let whole = inputs.table(config, world)?;
     let parameter = |id: usize| {
         let values = match parameters.layout.places[id] {
-            Some(_) => return Ok(trained(id)),
+            Some(_) => return Ok(trained.own(id)),
             None if parameters.frozen_moved => parameters.weights.get(id).to_kind(Kind::Float).to_device(Device::Cpu),
             None => inputs.original(config, &whole, id, source.as_ref())?,
         };
-        for adapter in table.layers.iter().flat_map(|layer| &layer.adapters).filter(|adapter| adapter.of == id) {
-            let (a, b) = (trained(adapter.a).copy(), trained(adapter.b));
-            let product = (b.matmul(&a) * table.adapter_scale).to_device(Device::Cpu);
-            let mut rows = values.narrow(0, adapter.rows.start, adapter.rows.end - adapter.rows.start);
-            let _ = rows.g_add_(&product);
-        }
+        trained.merge(id, &values);
         Ok::<_, RunError>(values)
     };
     export(&options, &tables, world, parameter, || bar.advance(1, ""))

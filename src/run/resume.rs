@@ -48,7 +48,7 @@ impl Start {
     /// In words, where `must` finds nothing to go on from.
     pub fn of(config: &Config, overwrite: bool) -> Result<Self, String> {
         let store = Store::of_run(&config.run.dir);
-        let newest = store.steps().last().copied();
+        let newest = store.steps().map_err(|error| error.to_string())?.last().copied();
         let finished = config.run.dir.join("summary.json").exists();
         match (config.checkpoint.resume, newest) {
             (Resume::Never, _) => Ok(Self::New),
@@ -63,24 +63,26 @@ impl Start {
     }
 }
 
-/// Holds a checkpoint against what is about to run: the first difference in configuration, model or data, in words.
-pub fn difference(saved: &Saved, config: &Config, digests: &[(String, String)]) -> Option<String> {
+/// Holds a checkpoint against what is about to run: every difference in model, data and configuration, in words.
+pub fn differences(saved: &Saved, config: &Config, digests: &[(String, String)]) -> Vec<String> {
+    let mut list = Vec::new();
     for (name, digest) in digests {
         let known = saved.manifest.digests.get(name);
         if known != Some(digest) {
             let known = known.map_or("none", String::as_str);
-            return Some(format!("{name}: the checkpoint was made with digest {known}, this is {digest}"));
+            list.push(format!("{name}: the checkpoint was made with digest {known}, this is {digest}"));
         }
     }
-    let mut found = None;
+    let mut found = Vec::new();
     compare("", &saved.manifest.config, &config::to_json(config), &mut found);
-    found.map(|(key, before, now)| {
+    list.extend(found.into_iter().map(|(key, before, now)| {
         format!("{key}: the checkpoint was made with {before}, this configuration says {now}")
-    })
+    }));
+    list
 }
 
-fn compare(key: &str, before: &Value, now: &Value, found: &mut Option<(String, String, String)>) {
-    if found.is_some() || FREE.contains(&key) || REPORTS.contains(&key) || before == now {
+fn compare(key: &str, before: &Value, now: &Value, found: &mut Vec<(String, String, String)>) {
+    if FREE.contains(&key) || REPORTS.contains(&key) || before == now {
         return;
     }
     if let (Value::Object(a), Value::Object(b)) = (before, now) {
@@ -95,7 +97,7 @@ fn compare(key: &str, before: &Value, now: &Value, found: &mut Option<(String, S
         return;
     }
     let text = |value: &Value| if value.is_null() { "nothing".to_owned() } else { value.to_string() };
-    *found = Some((key.to_owned(), text(before), text(now)));
+    found.push((key.to_owned(), text(before), text(now)));
 }
 
 /// Scores by the set's name.
@@ -108,6 +110,9 @@ pub struct Past {
     pub lines: Vec<String>,
     pub before: Scores,
     pub during: Vec<(usize, Scores)>,
+    /// That went through the model in training, and how long that took.
+    pub tokens: usize,
+    pub seconds: f64,
 }
 
 impl Past {
@@ -128,6 +133,8 @@ impl Past {
                     at => past.during.push((at, scores)),
                 }
             }
+            past.tokens += json["tokens"].as_u64().unwrap_or(0) as usize;
+            past.seconds += json["step_s"].as_f64().unwrap_or(0.0);
             past.lines.push(line.to_owned());
         }
         Ok(past)
@@ -146,12 +153,13 @@ mod tests {
     fn only_what_changes_the_result_is_a_difference() {
         let before = json(r#"{"run":{"dir":"a","seed":0},"parallel":{"tp":2},"train":{"epochs":3,"precision":"f32"}}"#);
         let same = json(r#"{"run":{"dir":"b","seed":0},"parallel":{"tp":8},"train":{"epochs":3,"precision":"bf16"}}"#);
-        let mut found = None;
+        let mut found = Vec::new();
         compare("", &before, &same, &mut found);
-        assert_eq!(found, None);
+        assert!(found.is_empty(), "{found:?}");
         let other = json(r#"{"run":{"dir":"b","seed":0},"parallel":{"tp":8},"train":{"steps":9,"precision":"f32"}}"#);
         compare("", &before, &other, &mut found);
-        assert_eq!(found, Some(("train.epochs".into(), "3".into(), "nothing".into())));
+        let words = |key: &str, before: &str, now: &str| (key.to_owned(), before.to_owned(), now.to_owned());
+        assert_eq!(found, [words("train.epochs", "3", "nothing"), words("train.steps", "nothing", "9")]);
     }
 
     #[test]
@@ -161,13 +169,14 @@ mod tests {
         let lines = [
             r#"{"version":"0"}"#,
             r#"{"step":0,"eval":[["forget",{"probability":0.5,"token_accuracy":1.0,"nll":0.1,"samples":1,"tokens":2}]]}"#,
-            r#"{"step":1,"loss":1.0}"#,
-            r#"{"step":2,"loss":1.0}"#,
+            r#"{"step":1,"loss":1.0,"tokens":70,"step_s":0.5}"#,
+            r#"{"step":2,"loss":1.0,"tokens":80,"step_s":0.5}"#,
             r#"{"step":3,"los"#,
         ];
         std::fs::write(&path, lines.join("\n")).unwrap();
         let past = Past::read(&path, 1).unwrap();
         assert_eq!(past.lines, lines[..3]);
         assert_eq!(past.before[0].1.probability, 0.5);
+        assert_eq!((past.tokens, past.seconds), (70, 0.5));
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -21,6 +21,9 @@ use crate::dist::{Reduce, World};
 use crate::telemetry::{Board, Saved};
 use crate::train::Trainer;
 
+/// How often ranks look whether all files are on disk, once they have to wait for them.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// Looks after the checkpoints of one run.
 pub struct Saver {
     config: config::Checkpoint,
@@ -31,8 +34,6 @@ pub struct Saver {
     open: Option<Open>,
     /// Where the last checkpoint is told.
     board: Board,
-    /// Seconds that saving has taken from the steps.
-    pub seconds: f64,
 }
 
 /// A save whose files are being written.
@@ -74,7 +75,6 @@ impl Saver {
             digests,
             open: None,
             board: board.clone(),
-            seconds: 0.0,
         }
     }
 
@@ -100,7 +100,6 @@ impl Saver {
     /// # Errors
     /// On all ranks when one of them could not write.
     pub fn act(&mut self, wish: Wish, trainer: &Trainer, step: usize, world: &World) -> Result<Next, RunError> {
-        let start = Instant::now();
         if self.open.is_some() && (wish.written || wish.save || wish.stop) {
             // a slow disk delays the next save, it loses none
             self.commit(world)?;
@@ -115,7 +114,6 @@ impl Saver {
                 let _ = std::fs::remove_file(self.run.join(if wish.stop { "STOP" } else { "SAVE" }));
             }
         }
-        self.seconds += start.elapsed().as_secs_f64();
         Ok(if wish.stop { Next::Stop } else { Next::GoOn })
     }
 
@@ -128,13 +126,22 @@ impl Saver {
 
     /// Waits for a save that is still open. All ranks call it.
     pub fn finish(&mut self, world: &World) -> Result<(), RunError> {
-        if self.open.is_some() { self.commit(world) } else { Ok(()) }
+        if self.open.is_some() {
+            self.commit(world)?;
+        }
+        // asked for during the last step: nothing is left to stop or to save
+        if world.is_first() {
+            for name in ["STOP", "SAVE"] {
+                let _ = std::fs::remove_file(self.run.join(name));
+            }
+        }
+        Ok(())
     }
 
     fn begin(&mut self, trainer: &Trainer, step: usize, world: &World) -> Result<(), RunError> {
         // one rank makes the folder; what it could not do, all hear of
         let made = if world.is_first() { self.store.begin(step).map(drop) } else { Ok(()) };
-        self.agree(made, 0, world)?;
+        self.agree(made, trainer.state_bytes(world.mesh, self.config.save_optimizer), world)?;
         let slices = trainer.state(world.mesh, self.config.save_optimizer);
         let bytes = slices.iter().map(StateSlice::bytes).sum();
         let path = self.store.partial(step).join(file_name(world.mesh.rank));
@@ -150,8 +157,31 @@ impl Saver {
         Ok(())
     }
 
-    /// Waits for this rank's file, then for all, and completes the checkpoint.
+    /// Waits until all ranks' files are on disk, however slow a disk is: the ranks answer each other all the while, so that the deadline
+    /// of a wait tells a slow disk from a rank that has stopped. All ranks call it.
+    fn wait(&self, world: &World) {
+        let start = Instant::now();
+        let mut told = false;
+        loop {
+            let writing = self.open.as_ref().is_some_and(|open| !open.writer.is_finished());
+            let mut flags = [f64::from(u8::from(writing))];
+            world.world.all_reduce_f64(&mut flags, Reduce::Max);
+            if flags == [0.0] {
+                return;
+            }
+            if !told && start.elapsed() > Duration::from_secs(60) {
+                tracing::warn!(
+                    "waiting for the files of a save: the disk is slower than the steps between two of them"
+                );
+                told = true;
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Completes the checkpoint once all ranks' files are there.
     fn commit(&mut self, world: &World) -> Result<(), RunError> {
+        self.wait(world);
         let Open { step, optimizer_steps, method, bytes, writer } =
             self.open.take().expect("invariant: a save is open");
         let file = world.watchdog.watch("this rank's disk", || writer.join());
@@ -204,5 +234,48 @@ impl Saver {
                 Err(RunError::Refused(format!("saving, rank {rank}: {}", String::from_utf8_lossy(words))))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::dist::run_threads;
+
+    /// One rank's disk takes five times the deadline of a wait.
+    #[test]
+    fn a_slow_disk_is_no_stopped_rank() {
+        let folder = tempfile::tempdir().unwrap();
+        let alarm = Arc::new(AtomicBool::new(false));
+        run_threads(1, 2, |world| {
+            let heard = Arc::clone(&alarm);
+            world.watchdog.set_deadline(Duration::from_secs(1));
+            world.watchdog.start(move |_| heard.store(true, Ordering::Relaxed));
+            let store = Store::of_run(folder.path());
+            if world.is_first() {
+                store.begin(3).unwrap();
+            }
+            world.world.barrier();
+            let rank = world.mesh.rank;
+            let writer = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_secs(5 * rank as u64));
+                Ok(StateFile { name: file_name(rank), bytes: 0, digest: String::new() })
+            });
+            let mut saver = Saver {
+                config: config::Checkpoint::default(),
+                run: folder.path().to_owned(),
+                store,
+                resolved: Value::Null,
+                digests: BTreeMap::new(),
+                open: Some(Open { step: 3, optimizer_steps: 3, method: Value::Null, bytes: 0, writer }),
+                board: Board::default(),
+            };
+            saver.finish(&world).unwrap();
+        });
+        assert!(!alarm.load(Ordering::Relaxed), "the wait for a disk was taken for a rank that stopped");
+        assert_eq!(Store::of_run(folder.path()).open(3).unwrap().manifest.files.len(), 2);
     }
 }

@@ -25,7 +25,10 @@ pub fn read(path: &Path, elements: &Elements, known: &[(&str, &[i64])]) -> Resul
         let Some((_, whole)) = known.iter().find(|(known, _)| *known == name) else {
             return Err(refuse(&name, "the model has no tensor of this name".to_owned()));
         };
-        let broadcasts = shape.len() == whole.len() && shape.iter().zip(*whole).all(|(a, b)| a == b || *a == 1);
+        // a vector is written as one column
+        let column = whole.len() == 1 && shape.len() == 2 && shape[1] == 1;
+        let broadcasts =
+            (shape.len() == whole.len() || column) && shape.iter().zip(*whole).all(|(a, b)| a == b || *a == 1);
         if !broadcasts {
             return Err(refuse(&name, format!("has the shape {shape:?}, which does not broadcast to {whole:?}")));
         }

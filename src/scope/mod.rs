@@ -11,6 +11,7 @@ mod fila;
 mod gradient;
 mod mask_file;
 mod names;
+mod registry;
 mod score;
 mod top;
 
@@ -18,7 +19,8 @@ pub use before::intervene;
 pub use error::ScopeError;
 pub use fila::fila;
 pub use gradient::Look;
-pub use names::{is_partial, narrow};
+pub use names::{is_partial, layer_of, narrow};
+pub use registry::{SCORES, ScoreEntry};
 
 use std::path::Path;
 

@@ -19,8 +19,10 @@ pub fn narrow(table: &mut Table, config: &Config) -> Result<Vec<String>, ScopeEr
     let value_vectors = scope.mask.as_ref().is_some_and(|mask| mask.score == Some(Score::Activations));
     let mut names = Vec::new();
     for (id, param) in table.params.iter().enumerate() {
-        let masked = scope.mask.is_some() || scope.lora.is_some();
+        let in_weight_space = config.method.objective.is_weight_space();
+        let masked = scope.mask.is_some() || scope.lora.is_some() || in_weight_space;
         let fits = match (masked, &scope.tensors) {
+            (true, _) if in_weight_space => in_layers.contains(&id),
             (true, None) => in_layers.contains(&id),
             (true, Some(_)) => param.class == Class::Matrix,
             (false, _) => true,

@@ -174,20 +174,24 @@ impl Optimizer {
     }
 
     /// What is remembered of one bucket: which number, of which elements of this rank's own part. Where only some may change, the
-    /// others' is 0.
+    /// others' is 0, and the scales of codes are numbers of their own.
     pub fn look(&self, bucket: usize) -> Vec<(What, Range<usize>, Moment)> {
-        let each = |segment: &Segment, what, moment: &Moment| {
+        let each = |segment: &Segment, what: What, moment: &Moment| {
             let seen = segment.chosen.as_ref().map_or_else(
                 || moment.shallow_clone(),
                 |chosen| moment.spread(&chosen.to_kind(Kind::Int64), segment.own.len() as i64),
             );
-            (what, segment.own.clone(), seen)
+            let scales = segment.chosen.as_ref().and_then(|chosen| {
+                let scales = moment.spread_scales(&chosen.to_kind(Kind::Int64), segment.own.len() as i64)?;
+                Some((what.scale()?, segment.own.clone(), scales))
+            });
+            [Some((what, segment.own.clone(), seen)), scales].into_iter().flatten()
         };
         let all = self.state[bucket].iter().flat_map(|segment| match &segment.state {
             State::Moments { first, second } => {
-                vec![each(segment, What::First, first), each(segment, What::Second, second)]
+                each(segment, What::First, first).chain(each(segment, What::Second, second)).collect()
             }
-            State::Velocity(velocity) => vec![each(segment, What::Velocity, velocity)],
+            State::Velocity(velocity) => each(segment, What::Velocity, velocity).collect(),
             State::Nothing => Vec::new(),
         });
         all.collect()

@@ -40,26 +40,7 @@ impl Parameters {
         device: Device,
         mut source: impl FnMut(ParamId, &Piece) -> Result<Tensor, E>,
     ) -> Result<Self, E> {
-        let mut flat = Vec::new();
-        let mut masters = Vec::new();
-        for bucket in &layout.buckets {
-            let wide = Tensor::zeros([bucket.len as i64], (Kind::Float, device));
-            for (id, range) in &bucket.params {
-                let param = &table.params[*id];
-                let target = wide.narrow(0, range.start as i64, range.len() as i64).view(param.shape.as_slice());
-                for piece in &param.pieces {
-                    fill(&target.narrow(0, piece.row, piece.size[0]), &source(*id, piece)?);
-                }
-            }
-            let own = wide.narrow(0, bucket.own.start as i64, bucket.own.len() as i64);
-            if kind == Kind::Float {
-                masters.push(own);
-                flat.push(wide);
-            } else {
-                masters.push(own.copy());
-                flat.push(wide.to_kind(kind));
-            }
-        }
+        let (flat, masters) = buckets(table, &layout, kind, device, &mut source)?;
         let mut frozen = Vec::new();
         for (id, param) in table.params.iter().enumerate().filter(|(id, _)| layout.places[*id].is_none()) {
             let target = Tensor::empty(&param.shape, (kind, device));
@@ -70,6 +51,43 @@ impl Parameters {
         }
         let weights = Weights::new(views(table, &layout, &flat, &frozen));
         Ok(Self { layout, weights, flat, masters, frozen, frozen_moved: false, selection: None })
+    }
+
+    /// As [`Self::new`] on top of `base`, whose tensors stand for what is not trained; `source` is asked for the rest alone.
+    ///
+    /// # Errors
+    /// The first error of `source`.
+    pub fn over<E>(
+        base: &Weights,
+        table: &Table,
+        layout: Layout,
+        kind: Kind,
+        device: Device,
+        mut source: impl FnMut(ParamId, &Piece) -> Result<Tensor, E>,
+    ) -> Result<Self, E> {
+        let (flat, masters) = buckets(table, &layout, kind, device, &mut source)?;
+        let still = (0..table.params.len()).filter(|&id| layout.places[id].is_none());
+        let frozen: Vec<Tensor> = still.map(|id| base.get(id).shallow_clone()).collect();
+        let weights = Weights::new(views(table, &layout, &flat, &frozen));
+        Ok(Self { layout, weights, flat, masters, frozen, frozen_moved: false, selection: None })
+    }
+
+    /// Gives a parameter that is not trained other values, piece by piece.
+    ///
+    /// # Errors
+    /// The first error of `source`.
+    pub fn put<E>(
+        &self,
+        table: &Table,
+        id: ParamId,
+        mut source: impl FnMut(&Piece) -> Result<Tensor, E>,
+    ) -> Result<(), E> {
+        assert!(self.layout.places[id].is_none(), "invariant: it is not trained");
+        let target = self.weights.get(id);
+        for piece in &table.params[id].pieces {
+            fill(&target.narrow(0, piece.row, piece.size[0]), &source(piece)?);
+        }
+        Ok(())
     }
 
     /// This rank's own part of the model's weights in bucket `index`, where those are not the masters themselves.
@@ -106,6 +124,37 @@ impl Parameters {
         let shared = self.flat.first().is_some_and(|flat| flat.kind() == Kind::Float);
         (weights, if shared { 0 } else { self.masters.iter().map(size).sum() })
     }
+}
+
+/// Flat weights and masters of what is trained.
+fn buckets<E>(
+    table: &Table,
+    layout: &Layout,
+    kind: Kind,
+    device: Device,
+    source: &mut impl FnMut(ParamId, &Piece) -> Result<Tensor, E>,
+) -> Result<(Vec<Tensor>, Vec<Tensor>), E> {
+    let mut flat = Vec::new();
+    let mut masters = Vec::new();
+    for bucket in &layout.buckets {
+        let wide = Tensor::zeros([bucket.len as i64], (Kind::Float, device));
+        for (id, range) in &bucket.params {
+            let param = &table.params[*id];
+            let target = wide.narrow(0, range.start as i64, range.len() as i64).view(param.shape.as_slice());
+            for piece in &param.pieces {
+                fill(&target.narrow(0, piece.row, piece.size[0]), &source(*id, piece)?);
+            }
+        }
+        let own = wide.narrow(0, bucket.own.start as i64, bucket.own.len() as i64);
+        if kind == Kind::Float {
+            masters.push(own);
+            flat.push(wide);
+        } else {
+            masters.push(own.copy());
+            flat.push(wide.to_kind(kind));
+        }
+    }
+    Ok((flat, masters))
 }
 
 /// Bytes that go to a device at once: the size of the page-locked buffer that libtorch keeps for it.

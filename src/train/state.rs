@@ -83,7 +83,10 @@ impl Trainer {
         (masters + if optimizer { self.optimizer.bytes() } else { 0 }) / share
     }
 
-    /// Takes weights and, where the files have them, the optimizer's state from a checkpoint of any layout. All ranks call it.
+    /// Takes weights and, where the files have it, the optimizer's state from a checkpoint of any layout. All ranks call it.
+    ///
+    /// `optimizer_steps`: what the optimizer has counted. Gives false where it remembers something and the files have nothing of it: then
+    /// it starts anew, its count too, because moments that are corrected for so many steps must have seen them.
     ///
     /// # Errors
     /// Elements that are not in the files.
@@ -92,8 +95,9 @@ impl Trainer {
         files: &StateFiles,
         optimizer_steps: usize,
         world: &World,
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<bool, CheckpointError> {
         let whats = files.whats();
+        let (mut wanted, mut found) = (false, false);
         for (index, bucket) in self.parameters.layout.buckets.iter().enumerate() {
             // straight to where it belongs, if that is on the host; what lies between parameters is 0 and stays
             let master = &self.parameters.masters[index];
@@ -115,7 +119,9 @@ impl Trainer {
                 own.copy_(&self.parameters.masters[index]);
             }
             for segment in self.optimizer.remembered(index) {
+                wanted = true;
                 if whats.contains(&segment.what) {
+                    found = true;
                     restore_moment(files, bucket, &self.decoder.table.params, segment)?;
                 }
             }
@@ -138,8 +144,10 @@ impl Trainer {
             }
         }
         self.parameters.frozen_moved |= moved;
-        self.optimizer.set_steps(optimizer_steps);
-        Ok(())
+        // a question that all ranks answer alike, also those that own nothing
+        let none = whats.iter().all(|&what| what == What::Weights);
+        self.optimizer.set_steps(if none { 0 } else { optimizer_steps });
+        Ok(found || !wanted)
     }
 
     fn is_sharded(&self) -> bool {
@@ -198,12 +206,20 @@ fn restore_moment(
         scales: slice_mut::<f32>(&mut scales),
         exact: coded,
     };
-    for (id, range) in &bucket.params {
-        for (place, own) in bucket.runs(&params[*id], range) {
-            if segment.start <= own.start && own.end <= segment.end {
-                files.fill(what, &place, own.start - segment.start, &mut target)?;
-            }
+    let runs = || bucket.params.iter().flat_map(|(id, range)| bucket.runs(&params[*id], range));
+    let inside = || runs().filter(|(_, own)| segment.start <= own.start && own.end <= segment.end);
+    for (place, own) in inside() {
+        files.fill(what, &place, own.start - segment.start, &mut target)?;
+    }
+    let mut scales_of_chosen = None;
+    if let Some(scale) = what.scale().filter(|scale| chosen.is_some() && files.whats().contains(scale)) {
+        let mut each = Tensor::zeros([len as i64], (Kind::Float, Device::Cpu));
+        let numbers = slice_mut::<f32>(&mut each);
+        let mut target = Target { numbers, codes: &mut [], scales: &mut [], exact: false };
+        for (place, own) in inside() {
+            files.fill(scale, &place, own.start - segment.start, &mut target)?;
         }
+        scales_of_chosen = Some(each);
     }
     match (target.exact, &mut moment.scales) {
         (true, Some(old)) => {
@@ -211,9 +227,16 @@ fn restore_moment(
             old.copy_(&scales);
         }
         _ => {
-            let numbers = numbers.to_device(moment.values.device());
-            let chosen = chosen.map(|chosen| numbers.index_select(0, &chosen.to_kind(Kind::Int64)));
-            moment.write(&chosen.unwrap_or(numbers));
+            let of_chosen = |numbers: &Tensor| {
+                let numbers = numbers.to_device(moment.values.device());
+                let chosen = chosen.map(|chosen| numbers.index_select(0, &chosen.to_kind(Kind::Int64)));
+                chosen.unwrap_or(numbers)
+            };
+            let numbers = of_chosen(&numbers);
+            let scales = scales_of_chosen.map(|scales| of_chosen(&scales));
+            if !scales.is_some_and(|scales| moment.write_with_scales(&numbers, &scales)) {
+                moment.write(&numbers);
+            }
         }
     }
     Ok(())

@@ -52,6 +52,8 @@ pub const ENTRIES: &[Entry] = &[
     lau::ADV_NPO,
     lau::ADV_RMU,
     distributions::PDU,
+    nll::UNLEARN,
+    nll::LEARN,
 ];
 
 /// The method that a configuration asks for. `seed`: of what the method draws; `steps_per_epoch`: of the run.

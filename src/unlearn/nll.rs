@@ -15,6 +15,20 @@ pub const FINETUNE: Entry = Entry {
     build: |_| Forget::Likelihood(Box::new(NegativeLogLikelihood { texts: Texts::Answer })),
 };
 
+pub const UNLEARN: Entry = Entry {
+    objective: config::Objective::Unlearn,
+    title: "UNLEARN: what is the task's own, found layer by layer, is subtracted from the matrices",
+    source: "https://arxiv.org/abs/2408.04140",
+    needs: Needs { similar: true, trains_few: true, ..Needs::NOTHING },
+    ..FINETUNE
+};
+
+pub const LEARN: Entry = Entry {
+    objective: config::Objective::Learn,
+    title: "LEARN, UNLEARN's dual: the task's own matrices are added",
+    ..UNLEARN
+};
+
 pub const IDK: Entry = Entry {
     objective: config::Objective::Idk,
     title: "refusal tuning: learn to refuse the forget questions",

@@ -33,11 +33,20 @@ pub struct Needs {
     pub trains_few: bool,
     /// Retain samples, always.
     pub retain: bool,
+    /// Samples of similar tasks, where there are any.
+    pub similar: bool,
 }
 
 impl Needs {
-    pub const NOTHING: Self =
-        Self { reference: "", preferred: "", hidden: false, head_copy: false, trains_few: false, retain: false };
+    pub const NOTHING: Self = Self {
+        reference: "",
+        preferred: "",
+        hidden: false,
+        head_copy: false,
+        trains_few: false,
+        retain: false,
+        similar: false,
+    };
 
     /// For people.
     pub fn words(self) -> String {
@@ -45,7 +54,8 @@ impl Needs {
         let preferred = (!self.preferred.is_empty()).then(|| self.preferred.to_owned());
         let hidden = self.hidden.then(|| "hidden states".to_owned());
         let retain = self.retain.then(|| "retain samples".to_owned());
-        [reference, preferred, hidden, retain].into_iter().flatten().collect::<Vec<_>>().join(", ")
+        let similar = self.similar.then(|| "samples of similar tasks".to_owned());
+        [reference, preferred, hidden, retain, similar].into_iter().flatten().collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -103,14 +113,15 @@ pub struct Listed {
     pub needs_words: String,
     /// Its own keys with their defaults, as TOML.
     pub keys: Vec<String>,
-    /// Weights in bf16 with f32 master weights, gradient and AdamW moments, on one data-parallel rank. Unit: bytes a parameter.
+    /// Weights in bf16 with f32 master weights, gradient and AdamW moments, on one data-parallel rank; weights alone where only a few
+    /// matrices are trained at a time. Unit: bytes a parameter.
     pub bytes_per_parameter: u32,
 }
 
-/// Weights 2, masters 4, gradients 4.
-const BYTES: u32 = 10;
-/// AdamW's two moments.
-const MOMENTS: u32 = 8;
+/// Of weights in bf16.
+const FROZEN: u32 = 2;
+/// Besides, what is trained has an f32 master (4), a gradient (4) and AdamW's two moments (8).
+const TRAINED: u32 = 16;
 
 /// All objectives, in the order of [`ENTRIES`].
 pub fn list() -> Vec<Listed> {
@@ -123,7 +134,7 @@ pub fn list() -> Vec<Listed> {
             needs: entry.needs,
             needs_words: entry.needs.words(),
             keys: config::own_keys(entry.objective),
-            bytes_per_parameter: BYTES + if entry.needs.trains_few { 0 } else { MOMENTS },
+            bytes_per_parameter: FROZEN + if entry.needs.trains_few { 0 } else { TRAINED },
         })
         .collect()
 }

@@ -12,26 +12,8 @@ use super::WeightsError;
 use super::combine::{Output, write_task};
 use super::subspace::{Options, Stack, basis, blocks};
 use crate::checkpoint::Folder;
+use crate::config::{Mode, Side, Subspace};
 use crate::dist::World;
-
-/// What of a task counts as shared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// The part in the leading subspace of the similar tasks' rows or columns.
-    Projection,
-    /// The part along each similar task's whole matrix.
-    Frobenius,
-}
-
-/// Of which side [`Mode::Projection`] takes the subspace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// Directions of the rows: what a matrix reads.
-    Input,
-    /// Directions of the columns: what a matrix writes.
-    Output,
-    Both,
-}
 
 /// How the shared part is found.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,6 +22,15 @@ pub struct Discrimination {
     /// Which sides `projection` looks at.
     pub side: Side,
     pub basis: Options,
+}
+
+impl Discrimination {
+    /// As a configuration says; `seed`: of the randomised decomposition.
+    pub fn of(config: &Subspace, seed: u64) -> Self {
+        let Subspace { mode, side, energy, max_rank, exact_limit, oversampling, power_iterations, .. } = *config;
+        let basis = Options { energy, max_rank, exact_limit, oversampling, power_iterations, seed };
+        Self { mode, side, basis }
+    }
 }
 
 /// What discrimination did to one matrix.

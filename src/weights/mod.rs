@@ -10,6 +10,6 @@ mod error;
 mod subspace;
 
 pub use combine::{Output, Start, add, difference, mix};
-pub use discriminate::{Discrimination, MatrixReport, Mode, Side, discriminate, discriminate_matrix};
+pub use discriminate::{Discrimination, MatrixReport, discriminate, discriminate_matrix};
 pub use error::WeightsError;
 pub use subspace::{Basis, Options as SubspaceOptions, Stack, basis};

@@ -152,6 +152,163 @@ fn what_a_method_remembers_goes_on_too() {
     }
 }
 
+/// Adapters, masks and what is done before training: stopped twice and gone on with, the same bytes; moved to one rank, nearly; and the
+/// checkpoint's own export is the run's.
+#[test]
+fn what_may_change_goes_on_too() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    let start = run_dir(&workshop, "start");
+    let done = dunlearn(&["--config", &config, "--set", &start, "--set", "train.steps=1", "--set", "optimizer.lr=0"]);
+    assert!(done.success, "{}", done.text);
+    let other = run_dir(&workshop, "other");
+    let done =
+        dunlearn(&["--config", &config, "--set", &other, "--set", "train.steps=2", "--set", "optimizer.lr=0.01"]);
+    assert!(done.success, "{}", done.text);
+    let model = format!("model.path={}", workshop.path("start/model").display());
+    let other = format!("before.other={}", workshop.path("other/model").display());
+    let cases: [(&str, &[&str]); 4] = [
+        ("lora", &["scope.lora.r=4", "scope.lora.alpha=8"]),
+        ("fila", &["scope.lora.r=4", "scope.lora.alpha=8", "scope.lora.init=fila"]),
+        ("mask", &["scope.mask.score=gri", "scope.mask.fraction=0.2", "before.noise=0.01"]),
+        ("blend", &["scope.tensors=[\"*.q_proj.weight\"]", "before.blend=0.3", &other]),
+    ];
+    for (name, scope) in cases {
+        let run = |dir: &str, ranks: usize, tp: &str, more: &[&str]| {
+            let dir = run_dir(&workshop, dir);
+            let settings = [
+                "train.steps=6",
+                "eval.before=false",
+                "eval.after=false",
+                "eval.every=0",
+                "method.retain=nll",
+                "schedule.name=constant",
+            ];
+            let mut arguments = vec!["--config", config.as_str()];
+            let all = settings.iter().chain(&["checkpoint.every=0", "model.init=pretrained"]).chain(scope).chain(more);
+            all.copied().chain([model.as_str(), dir.as_str(), tp]).for_each(|item| arguments.extend(["--set", item]));
+            if ranks == 1 { dunlearn(&arguments) } else { mpirun(ranks, &arguments) }
+        };
+        let stop = |dir: &str| {
+            std::fs::create_dir_all(workshop.path(dir)).unwrap();
+            std::fs::write(workshop.path(dir).join("STOP"), "").unwrap();
+            let done = run(dir, 2, "parallel.tp=2", &[]);
+            assert_eq!(done.code, Some(75), "{name}: {}", done.text);
+        };
+        let (whole, again, moved) = (format!("{name}_whole"), format!("{name}_again"), format!("{name}_moved"));
+        let done = run(&whole, 2, "parallel.tp=2", &[]);
+        assert!(done.success, "{name}: {}", done.text);
+        stop(&again);
+        stop(&again);
+        let done = run(&again, 2, "parallel.tp=2", &["checkpoint.every=5"]);
+        assert!(done.success && done.text.contains("going on after step 2"), "{name}: {}", done.text);
+        assert_eq!(bytes(&workshop, &again), bytes(&workshop, &whole), "{name}");
+        assert_eq!(workshop.summary(&again)["steps"], 6);
+        stop(&moved);
+        let done = run(&moved, 1, "parallel.tp=1", &[]);
+        assert!(done.success, "{name}: {}", done.text);
+        let loss = |run: &str| workshop.steps(run)[5]["loss"].as_f64().unwrap();
+        assert!((loss(&moved) / loss(&whole) - 1.0).abs() < 1e-4, "{name}: {} {}", loss(&moved), loss(&whole));
+        // the model of the checkpoint after step 5, by three ranks and by one, is that of a run of five steps
+        let short = format!("{name}_short");
+        let done = run(&short, 2, "parallel.tp=2", &["train.steps=5"]);
+        assert!(done.success, "{name}: {}", done.text);
+        let folder = workshop.path(&again).display().to_string();
+        let out = workshop.path(&format!("{name}_model")).display().to_string();
+        let done = dunlearn(&["export", &folder, "--step", "5", "--out", &out]);
+        assert!(done.success, "{name}: {}", done.text);
+        assert!(same_files(Path::new(&out), &workshop.path(&short).join("model")), "{name}");
+        for (out, ranks) in [("one", 1), ("three", 3)] {
+            let out = workshop.path(&format!("{name}_{out}")).display().to_string();
+            let arguments = ["export", &folder, "--step", "5", "--out", &out, "--max-shard-size", "20kB"];
+            let done = if ranks == 1 { dunlearn(&arguments) } else { mpirun(ranks, &arguments) };
+            assert!(done.success, "{name}: {}", done.text);
+        }
+        assert!(same_files(&workshop.path(&format!("{name}_one")), &workshop.path(&format!("{name}_three"))), "{name}");
+        if name == "mask" {
+            // another mask is another run
+            let path = workshop.path(&again).join("mask.safetensors");
+            std::fs::remove_file(workshop.path(&again).join("summary.json")).unwrap();
+            let mut mask = std::fs::read(&path).unwrap();
+            let last = mask.len() - 1;
+            mask[last] ^= 1;
+            std::fs::write(&path, mask).unwrap();
+            let done = run(&again, 2, "parallel.tp=2", &["checkpoint.every=5"]);
+            assert!(
+                !done.success && done.text.contains("scope.mask: the checkpoint was made with digest"),
+                "{}",
+                done.text
+            );
+        }
+        if name == "lora" {
+            // what was not trained comes from the model that was read, and from no other
+            let weights = workshop.path("start/model/model.safetensors");
+            let good = std::fs::read(&weights).unwrap();
+            let mut bad = good.clone();
+            let last = bad.len() - 2;
+            bad[last] ^= 1;
+            std::fs::write(&weights, bad).unwrap();
+            let out = workshop.path("from_another").display().to_string();
+            let done = dunlearn(&["export", &folder, "--step", "5", "--out", &out]);
+            std::fs::write(&weights, good).unwrap();
+            assert!(!done.success && done.text.contains("but that is another model now"), "{}", done.text);
+        }
+    }
+}
+
+/// The same names with the same bytes.
+fn same_files(a: &Path, b: &Path) -> bool {
+    let all = |folder: &Path| {
+        let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let mut files: Vec<_> =
+            entries.map(|path| (path.file_name().unwrap().to_owned(), std::fs::read(&path).unwrap())).collect();
+        files.sort();
+        files
+    };
+    all(a) == all(b)
+}
+
+/// Ended after the export and before the summary, and between the pieces of a checkpoint's replacement: the same command goes on.
+#[test]
+fn no_moment_to_end_is_a_bad_one() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    let set = ["--set", "train.steps=4", "--set", "checkpoint.every=1", "--set", "eval.every=0"];
+    let run = |more: &[&str]| dunlearn(&[&["--config", config.as_str()][..], &set, more].concat());
+    assert!(!run(&["--fault", "kill@end:0"]).success);
+    let model = workshop.path("run/model/model.safetensors");
+    let first = std::fs::read(&model).unwrap();
+    assert!(!workshop.path("run/summary.json").exists());
+    // the newest stands aside for another that never came
+    let at = |name: &str| workshop.path("run/checkpoints").join(name);
+    std::fs::rename(at("step_000003"), at("step_000003.replaced")).unwrap();
+    std::fs::create_dir(at("step_000003.partial")).unwrap();
+    let done = run(&[]);
+    assert!(done.success && done.text.contains("going on after step 3"), "{}", done.text);
+    assert!(done.text.contains("step_000003 is back"), "{}", done.text);
+    assert_eq!(std::fs::read(&model).unwrap(), first);
+    let summary = workshop.summary("run");
+    let tokens: u64 = workshop.steps("run").iter().map(|line| line["tokens"].as_u64().unwrap()).sum();
+    let told = summary["tokens_per_s"].as_f64().unwrap() * summary["training_seconds"].as_f64().unwrap();
+    assert!((told - tokens as f64).abs() < 1.0, "all steps' tokens are counted, those before too: {told} {tokens}");
+}
+
+/// Moments that were not saved start anew, and that is said.
+#[test]
+fn a_checkpoint_without_the_optimizer_is_no_secret() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    let run = || {
+        let set = ["--set", "checkpoint.save_optimizer=false", "--set", "train.steps=4", "--set", "eval.every=0"];
+        dunlearn(&[&["--config", config.as_str()][..], &set].concat())
+    };
+    std::fs::create_dir_all(workshop.path("run")).unwrap();
+    std::fs::write(workshop.path("run/STOP"), "").unwrap();
+    assert_eq!(run().code, Some(75));
+    let done = run();
+    assert!(done.success && done.text.contains("its moments and their count start anew"), "{}", done.text);
+}
+
 /// Sends a signal to the first process of the binary that runs with an argument.
 fn signal(name: &str, argument: &str) {
     for process in ranks_with(argument).into_iter().take(1) {
@@ -170,8 +327,8 @@ fn ranks_with(argument: &str) -> Vec<u32> {
         .collect()
 }
 
-/// A rank killed at random moments, in steps, saves, commits and the export, until the run is through: no checkpoint is ever
-/// unreadable, and the end is that of the undisturbed run. `launch/soak` does the same for longer.
+/// A rank killed at random moments until the run is through: anywhere, as soon as a save is open, and inside `dunlearn export`. No
+/// checkpoint is ever unreadable, and the end is that of the undisturbed run. `launch/soak` does the same for longer.
 #[test]
 fn killed_at_random_it_still_ends_at_the_same_weights() {
     let rounds = std::env::var("DUNLEARN_SOAK").ok().and_then(|text| text.parse().ok()).unwrap_or(6);
@@ -184,24 +341,38 @@ fn killed_at_random_it_still_ends_at_the_same_weights() {
     assert!(done.success, "{}", done.text);
     let seconds = done.seconds;
     let (mut kills, mut ends) = (0, 0);
+    let (mut in_saves, mut in_exports) = (0, 0);
     let draw = dunlearn::model::init::Stream::new(seed, "kills");
     while kills < rounds {
         let run = format!("run{ends}");
         let dir = run_dir(&workshop, &run);
+        let checkpoints = workshop.path(&run).join("checkpoints");
+        let share = (draw.bits(2 * kills) >> 40) as f64 / f64::from(1 << 24);
+        let which = draw.bits(2 * kills + 1);
+        if kills % 4 == 3 && names(&checkpoints).iter().any(|name| !name.contains('.')) {
+            in_exports += u64::from(export_killed(&workshop, &run, share, which));
+            kills += 1;
+            continue;
+        }
         let arguments = [&["--config", &config, "--set", &dir][..], &every_step].concat();
         let mut child =
             program::mpirun_command(2, &arguments).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
-        // a moment between the start and the end of an undisturbed run
-        let share = (draw.bits(2 * kills) >> 40) as f64 / f64::from(1 << 24);
-        std::thread::sleep(Duration::from_secs_f64(0.3 + share * seconds));
-        let ranks = ranks_with(&dir);
-        if !ranks.is_empty() {
-            let victim = ranks[(draw.bits(2 * kills + 1) % ranks.len() as u64) as usize];
-            let _ = std::process::Command::new("kill").args(["-KILL", &victim.to_string()]).status();
+        if kills % 4 == 2 {
+            // as soon as a save is open, or some milliseconds later
+            let start = Instant::now();
+            let open = || names(&checkpoints).iter().any(|name| name.ends_with(".partial"));
+            while !open() && start.elapsed().as_secs_f64() < 2.0 * seconds && child.try_wait().unwrap().is_none() {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            in_saves += u64::from(open());
+            std::thread::sleep(Duration::from_secs_f64(0.01 * share));
+        } else {
+            // a moment between the start and the end of an undisturbed run
+            std::thread::sleep(Duration::from_secs_f64(0.3 + share * seconds));
         }
+        kill_one(&dir, which);
         kills += 1;
         let status = child.wait().unwrap();
-        let checkpoints = workshop.path(&run).join("checkpoints");
         if std::fs::read_dir(&checkpoints).is_ok_and(|mut entries| {
             entries.any(|entry| entry.is_ok_and(|entry| !entry.file_name().to_string_lossy().ends_with(".partial")))
         }) {
@@ -219,7 +390,46 @@ fn killed_at_random_it_still_ends_at_the_same_weights() {
     let done = mpirun(2, &[&["--config", &config, "--set", &dir][..], &every_step].concat());
     assert!(done.success, "{}", done.text);
     assert_eq!(bytes(&workshop, &run), bytes(&workshop, "whole"));
-    println!("{kills} kills, {} runs to their end, all at the same weights", ends + 1);
+    println!(
+        "{kills} kills ({in_saves} while a save was open, {in_exports} inside an export), {} runs to their end, all at the same weights",
+        ends + 1
+    );
+}
+
+/// Kills one rank of `dunlearn export` and exports again: what has its final name is whole, and the second time it is all there. Gives
+/// whether the first was hit before its end.
+fn export_killed(workshop: &Workshop, run: &str, share: f64, which: u64) -> bool {
+    let folder = workshop.path(run).display().to_string();
+    let out = |name: &str| workshop.path(&format!("export_{which}_{name}"));
+    let (good, killed) = (out("good"), out("killed"));
+    let whole = dunlearn(&["export", &folder, "--out", good.to_str().unwrap()]);
+    assert!(whole.success, "{}", whole.text);
+    let arguments = ["export", folder.as_str(), "--out", killed.to_str().unwrap()];
+    let mut child = program::mpirun_command(2, &arguments).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs_f64(0.1 + share * whole.seconds));
+    kill_one(killed.to_str().unwrap(), which);
+    child.wait().unwrap();
+    let hit = !killed.exists();
+    if hit {
+        let done = mpirun(2, &arguments);
+        assert!(done.success, "{}", done.text);
+    }
+    assert!(same_files(&good, &killed), "an export after a kill");
+    hit
+}
+
+/// Kills one of the ranks that run with an argument, if there are any.
+fn kill_one(argument: &str, which: u64) {
+    let ranks = ranks_with(argument);
+    if !ranks.is_empty() {
+        let victim = ranks[(which % ranks.len() as u64) as usize];
+        let _ = std::process::Command::new("kill").args(["-KILL", &victim.to_string()]).status();
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
 /// The model of a checkpoint, written by one process or by several, is the one that the run exports; other ranks go on from it.
@@ -330,6 +540,41 @@ fn what_does_not_belong_is_refused() {
     std::fs::remove_file(&path).unwrap();
     refused("no sign of completeness", &["COMPLETE", "No such file"]);
 
+    // what only reads a checkpoint refuses damage too
+    let mut flipped = first.1.clone();
+    let at = flipped.len() - 5;
+    flipped[at] ^= 4;
+    std::fs::write(&first.0, flipped).unwrap();
+    let (run, out) = (workshop.path("run").display().to_string(), workshop.path("out").display().to_string());
+    let step_text = step.display().to_string();
+    for arguments in [
+        &["export", &run, "--out", &out][..],
+        &["checkpoint", "verify", &run],
+        &["checkpoint", "diff", &step_text, &step_text],
+    ] {
+        let done = dunlearn(arguments);
+        assert!(!done.success, "{arguments:?}: {}", done.text);
+        assert!(done.text.contains("rank_00000.safetensors: was changed: its digest is"), "{}", done.text);
+    }
+    assert!(!workshop.path("out").exists());
+    heal();
+    // names in a model's index
+    let led = workshop.path("led");
+    std::fs::create_dir_all(&led).unwrap();
+    for entry in std::fs::read_dir(workshop.path("data/model")).unwrap().flatten() {
+        std::fs::copy(entry.path(), led.join(entry.file_name())).unwrap();
+    }
+    for name in ["../model.safetensors", "/etc/model.safetensors", "..", "sub/model.safetensors"] {
+        let index = serde_json::json!({ "weight_map": { "model.norm.weight": name } }).to_string();
+        std::fs::write(led.join("model.safetensors.index.json"), index).unwrap();
+        let (led, new) = (format!("model.path={}", led.display()), run_dir(&workshop, "led_run"));
+        let arguments = ["--config", &config, "--set", &led, "--set", &new, "--set", "model.init=pretrained"];
+        let done = dunlearn(&arguments);
+        assert_eq!(done.code, Some(2), "{name}: {}", done.text);
+        let words = format!("names the weight file {name:?}; expected a file name without a folder");
+        assert!(done.text.contains("model.safetensors.index.json") && done.text.contains(&words), "{}", done.text);
+    }
+
     let other = |set: &[&str]| {
         let arguments: Vec<&str> =
             ["--config", &config].into_iter().chain(set.iter().flat_map(|s| ["--set", s])).collect();
@@ -343,7 +588,9 @@ fn what_does_not_belong_is_refused() {
     let data = workshop.path("data/retain.jsonl").display().to_string();
     let text = other(&[&format!("data.forget.path={data}"), "method.retain=none", "method.objective=ga"]);
     assert!(text.contains("data.forget: the checkpoint was made with digest"), "{text}");
-    let forced = dunlearn(&["--config", &config, "--force-resume", "--set", "optimizer.lr=2e-3"]);
+    let forced =
+        dunlearn(&["--config", &config, "--force-resume", "--set", "optimizer.lr=2e-3", "--set", "method.beta=0.2"]);
+    assert!(forced.text.contains("method.beta: the checkpoint was made with"), "every difference: {}", forced.text);
     assert!(forced.success && forced.text.contains("--force-resume: "), "{}", forced.text);
     assert!(forced.text.contains("optimizer.lr: the checkpoint was made with"), "{}", forced.text);
     let text = dunlearn(&["--config", &config, "--overwrite", "--set", "checkpoint.resume=must"]).text;
@@ -398,5 +645,19 @@ fn a_full_disk_loses_nothing() {
     for word in ["saving, rank ", "No space left on device", " bytes to save; ", " bytes are free there"] {
         assert!(done.text.contains(word), "{word}: {}", done.text);
     }
+    whole.unwrap();
+
+    // a file system that is only read; and, for those who may write everywhere, a file where the folder should be
+    assert!(command("mount", &["-t", "tmpfs", "-o", &room, "tmpfs", folder.to_str().unwrap()]));
+    command("cp", &["-r", aside.join("step_000001").to_str().unwrap(), folder.to_str().unwrap()]);
+    let read_only = command("mount", &["-o", "remount,ro", folder.to_str().unwrap()]);
+    let done = mpirun(2, &arguments);
+    let whole = std::panic::catch_unwind(std::panic::AssertUnwindSafe(verified));
+    command("umount", &[folder.to_str().unwrap()]);
+    assert!(read_only && !done.success, "{}", done.text);
+    for word in ["saving, rank 0: ", "Read-only file system", "step_000002.partial", " bytes are free there"] {
+        assert!(done.text.contains(word), "{word}: {}", done.text);
+    }
+    assert!(!done.text.contains("this rank has 0 bytes"), "{}", done.text);
     whole.unwrap();
 }

@@ -142,7 +142,14 @@ impl Case {
             }
             "order" => {
                 assert!(
-                    named(&["part at number", "different collectives", "out of step", "MPI: ", "no answer to"]),
+                    named(&[
+                        "part at number",
+                        "different collectives",
+                        "out of step",
+                        "MPI: ",
+                        "MPI Error",
+                        "no answer to"
+                    ]),
                     "{about}"
                 );
             }

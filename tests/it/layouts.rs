@@ -9,7 +9,8 @@ use dunlearn::model::init::Stream;
 use dunlearn::model::sharding::{Piece, Table};
 use dunlearn::model::{Architecture, Keep, ReferenceHead, Rope, Scaling};
 use dunlearn::train::{
-    Batches, Cuts, GradientBuffers, GradientOptions, Losses, Optimizer, Reference, Schedule, Trainer, TrainerOptions,
+    Batches, Cuts, GradientBuffers, GradientOptions, Losses, Optimizer, Parameters, Reference, Schedule, Selection,
+    Trainer, TrainerOptions,
 };
 use dunlearn::unlearn;
 use tch::{Device, Kind, Tensor};
@@ -55,6 +56,17 @@ pub struct Case {
     pub state: config::StateDtype,
     /// Of the gradient buffers, and of their sums over the data-parallel ranks.
     pub grads: (Kind, Kind),
+    pub scope: Scope,
+}
+
+/// What of the model may change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    All,
+    /// Low-rank adapters beside every matrix of a layer.
+    Adapters,
+    /// Every third weight.
+    Third,
 }
 
 /// Everything that layouts must agree on.
@@ -182,7 +194,15 @@ fn run(layout: Layout, case: Case, fault: Fault, source: Source) -> Outcome {
 pub fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, source: Source) -> Trainer {
     let Layout { sequence_parallel, zero, bucket_elements, .. } = layout;
     let spread = Spread { sequence_parallel, zero, bucket_elements };
-    let (decoder, parameters) = tiny::model_from(arch, world, spread, case.kind, |piece| source(arch, world, piece));
+    let narrow = |table: &mut Table| match case.scope {
+        Scope::Adapters => table.adapt(|name| name.contains("_proj"), 3, 2.0),
+        Scope::All | Scope::Third => (),
+    };
+    let from = |piece: &Piece| source(arch, world, piece);
+    let (decoder, mut parameters) = tiny::model_narrowed(arch, world, spread, case.kind, narrow, from);
+    if case.scope == Scope::Third {
+        parameters.selection = Some(third(&parameters, &decoder.table));
+    }
     let mut method = config::Method::new(config::Objective::Npo, case.retain);
     method.retain_weight = Some(0.7);
     let method = unlearn::method(&method, 0, 1);
@@ -203,10 +223,14 @@ pub fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, s
         release: case.in_backward,
         ..GradientOptions::f32(Device::Cpu)
     };
+    let mut gradients = GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding);
+    if let Some(selection) = &parameters.selection {
+        gradients.select(selection);
+    }
     let name = if case.falling { config::ScheduleName::Linear } else { config::ScheduleName::Constant };
     let schedule = config::Schedule { name, ..Default::default() };
     Trainer {
-        gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding),
+        gradients,
         optimizer: Optimizer::new(&optimizer, &decoder.table, &parameters),
         schedule: Schedule::new(&schedule, optimizer.lr, case.steps, 1),
         method,
@@ -220,6 +244,29 @@ pub fn trainer(layout: Layout, case: Case, arch: &Architecture, world: &World, s
         decoder,
         parameters,
     }
+}
+
+/// Every third weight of each tensor, counted in the whole tensor.
+fn third(parameters: &Parameters, table: &Table) -> Selection {
+    let mut chosen = 0;
+    let masks = parameters.layout.buckets.iter().map(|bucket| {
+        let mut marks = vec![false; bucket.own.len()];
+        for (id, range) in &bucket.params {
+            for (place, own) in bucket.runs(&table.params[*id], range) {
+                let columns = place.shape.get(1).copied().unwrap_or(0);
+                for stretch in place.stretches() {
+                    for i in 0..stretch.len {
+                        let element = stretch.row * columns + stretch.column + i;
+                        marks[own.start + (stretch.at + i) as usize] = element % 3 == 1;
+                    }
+                }
+            }
+        }
+        chosen += marks.iter().filter(|&&mark| mark).count() as u64;
+        Tensor::from_slice(&marks)
+    });
+    let masks = masks.collect();
+    Selection::new(&parameters.layout, masks, chosen, 3 * chosen)
 }
 
 fn rank(
@@ -335,6 +382,7 @@ pub fn case(tied: bool) -> Case {
         falling: false,
         state: config::StateDtype::F32,
         grads: (Kind::Float, Kind::Float),
+        scope: Scope::All,
     }
 }
 

@@ -16,6 +16,7 @@ mod resume;
 mod runs;
 mod scopes;
 mod structure;
+mod subspace;
 mod tiny;
 mod toy_head;
 mod watch;

@@ -71,9 +71,12 @@ fn bench(mesh: Mesh, sequence_parallel: bool, zero: bool) -> StepBench {
 
 /// Bytes of the tensors of one step by axis and operation, and calls.
 fn traffic(mesh: Mesh, sequence_parallel: bool, zero: bool) -> BTreeMap<(&'static str, &'static str), (usize, f64)> {
+    traffic_of(mesh, bench(mesh, sequence_parallel, zero))
+}
+
+fn traffic_of(mesh: Mesh, bench: StepBench) -> BTreeMap<(&'static str, &'static str), (usize, f64)> {
     let record = Record::default();
     let world = World::planned(mesh, &record);
-    let bench = bench(mesh, sequence_parallel, zero);
     let mut calls = Vec::new();
     tch::no_grad(|| step(&bench, &world, |_| calls = record.take())).unwrap();
     // the steps before are in the record of the first step that counts; all are alike but for their lengths, so divide
@@ -116,6 +119,27 @@ fn data_parallel_traffic_is_the_parameters_once_down_and_once_up() {
         let plain = traffic(Mesh { rank: 0, tp, dp: 2 }, false, false);
         let (_, bytes) = plain[&("dp", "all-reduce")];
         assert!((bytes / (4.0 * each) - 1.0).abs() < 0.02, "{bytes} of {}", 4.0 * each);
+        // a sum in bf16 is half of that
+        let mesh = Mesh { rank: 0, tp, dp: 2 };
+        let mut half = bench(mesh, false, true);
+        half.parallel.reduce_dtype = config::Float::Bf16;
+        let (_, down) = traffic_of(mesh, half)[&("dp", "reduce-scatter")];
+        assert!((down / (2.0 * each) - 1.0).abs() < 0.02, "{down} of {}", 2.0 * each);
+    }
+}
+
+/// Half blocks are computed again from their inputs up to their last product: no sum is done twice.
+#[test]
+fn recomputing_sends_nothing_more() {
+    let mesh = Mesh { rank: 0, tp: 4, dp: 1 };
+    for sequence_parallel in [false, true] {
+        let mut again = bench(mesh, sequence_parallel, true);
+        again.train.recompute = config::Recompute::HalfBlock;
+        let (kept, again) = (traffic(mesh, sequence_parallel, true), traffic_of(mesh, again));
+        assert_eq!(kept[&("tp", "all-reduce")], again[&("tp", "all-reduce")]);
+        if sequence_parallel {
+            assert_eq!(kept[&("tp", "reduce-scatter")], again[&("tp", "reduce-scatter")]);
+        }
     }
 }
 

@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use dunlearn::checkpoint::state::{StateFiles, What, write};
+use dunlearn::checkpoint::store::FORMAT;
+use dunlearn::checkpoint::{Manifest, Saved, StateFile};
 use dunlearn::config;
 use dunlearn::data::{Dataset, Order};
 use dunlearn::dist::{World, run_threads};
 use dunlearn::train::{Batches, Cuts, Trainer};
 use tch::{Kind, Tensor};
 
-use crate::layouts::{Case, Layout, ONE, SeedOne, architecture, boxes, case, right, samples, trainer, whole};
+use crate::layouts::{Case, Layout, ONE, Scope, SeedOne, architecture, boxes, case, right, samples, trainer, whole};
 use crate::tiny;
 
 const STEPS: usize = 12;
@@ -113,6 +115,10 @@ fn cases() -> Vec<(&'static str, Case)> {
         ("8-bit moments", int8),
         ("8-bit moments inside backward", Case { in_backward: true, ..int8 }),
         ("bf16, tied", Case { steps: STEPS, ..bf16 }),
+        ("adapters", Case { scope: Scope::Adapters, ..adamw }),
+        ("a mask", Case { scope: Scope::Third, ..adamw }),
+        ("a mask, SGD with momentum", Case { scope: Scope::Third, ..sgd }),
+        ("a mask, 8-bit moments", Case { scope: Scope::Third, ..int8 }),
     ]
 }
 
@@ -195,7 +201,7 @@ fn damaged_files_are_refused_without_a_panic() {
     let (mut refused, mut read) = (0, 0);
     for round in 0..400u64 {
         let mut bytes = good.clone();
-        match round % 4 {
+        match round % 5 {
             0 => bytes.truncate((draw.bits(4 * round) % good.len() as u64) as usize),
             1 => {
                 let at = (draw.bits(4 * round) % (header as u64 + 8)) as usize;
@@ -206,6 +212,21 @@ fn damaged_files_are_refused_without_a_panic() {
                 let digits: Vec<usize> = (8..header + 8).filter(|&at| bytes[at].is_ascii_digit()).collect();
                 let at = digits[(draw.bits(4 * round) % digits.len() as u64) as usize];
                 bytes[at] = b'0' + (draw.bits(4 * round + 1) % 10) as u8;
+            }
+            3 => {
+                // a number of the header becomes one that products overflow with; the header's length is kept right
+                let text = String::from_utf8(bytes[8..header + 8].to_vec()).unwrap();
+                let starts: Vec<usize> = (1..header)
+                    .filter(|&at| {
+                        text.as_bytes()[at].is_ascii_digit() && matches!(text.as_bytes()[at - 1], b'[' | b',' | b':')
+                    })
+                    .collect();
+                let at = starts[(draw.bits(4 * round) % starts.len() as u64) as usize];
+                let end = at + text[at..].bytes().take_while(u8::is_ascii_digit).count();
+                let huge = [i64::MAX, 1 << 62, 1 << 61, 1 << 32][(draw.bits(4 * round + 1) % 4) as usize];
+                let text = format!("{}{huge}{}", &text[..at], &text[end..]);
+                let length = (text.len() as u64).to_le_bytes();
+                bytes = [&length[..], text.as_bytes(), &bytes[header + 8..]].concat();
             }
             _ => bytes[..8].copy_from_slice(&draw.bits(4 * round).to_le_bytes()),
         }
@@ -225,4 +246,73 @@ fn damaged_files_are_refused_without_a_panic() {
     }
     println!("{refused} refused, {read} read (changes of values or of padding)");
     assert!(refused > 250, "{refused}");
+}
+
+/// Lengths whose products overflow, in a file without any number of its own: its lists are empty, and so are all its bytes.
+#[test]
+fn a_run_that_no_memory_could_hold_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("huge.safetensors");
+    for (shape, size, len, dtype) in [
+        ("[4611686018427387904]", "[4611686018427387904]", 1i64 << 62, "F32"),
+        ("[4611686018427387904,2]", "[1,1]", 1, "F32"),
+        ("[9223372036854775807]", "[9223372036854775807]", i64::MAX, "BF16"),
+    ] {
+        let entry = format!(
+            r#"[{{"key":"k","what":"weights","tensor":"w","shape":{shape},"offset":{offset},"size":{size},"start":0,"len":{len}}}]"#,
+            offset = if shape.contains(',') { "[0,0]" } else { "[0]" },
+        );
+        let metadata = serde_json::json!({ "format": "dunlearn-state-1", "slices": entry });
+        let header = serde_json::json!({
+            "__metadata__": metadata, "k": { "dtype": dtype, "shape": [0], "data_offsets": [0, 0] }
+        });
+        let header = header.to_string();
+        let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+        std::fs::write(&path, bytes).unwrap();
+        let error = StateFiles::open([path.as_path()]).err().expect("refused").to_string();
+        assert!(error.contains("huge.safetensors"), "{error}");
+    }
+}
+
+/// Bytes of a manifest changed at random, and signed again: what is wrong is told, whatever it is.
+#[test]
+fn damaged_manifests_are_refused_without_a_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = StateFile { name: "rank_00000.safetensors".into(), bytes: 77, digest: "0".repeat(64) };
+    let manifest = Manifest {
+        format: FORMAT,
+        dunlearn: "0.1.0".into(),
+        step: 12,
+        optimizer_steps: 12,
+        config: serde_json::json!({ "run": { "seed": 1 } }),
+        digests: [("model".to_owned(), "1".repeat(64))].into(),
+        tp: 1,
+        dp: 1,
+        method: serde_json::Value::Null,
+        files: vec![file],
+    };
+    let good = serde_json::to_string_pretty(&manifest).unwrap().into_bytes();
+    let draw = dunlearn::model::init::Stream::new(18, "damage");
+    let (mut refused, mut read) = (0, 0);
+    for round in 0..400u64 {
+        let mut bytes = good.clone();
+        let at = (draw.bits(4 * round) % good.len() as u64) as usize;
+        match round % 3 {
+            0 => bytes.truncate(at),
+            1 => bytes[at] ^= 1 << (draw.bits(4 * round + 1) % 8),
+            _ => bytes[at] = *b"\"{}[],:/.-9\0".get((draw.bits(4 * round + 1) % 12) as usize).unwrap(),
+        }
+        std::fs::write(folder.path().join("manifest.json"), &bytes).unwrap();
+        std::fs::write(folder.path().join("COMPLETE"), blake3::hash(&bytes).to_hex().to_string()).unwrap();
+        match Saved::open(folder.path()).and_then(|saved| saved.verify(0, 1)) {
+            Err(error) => {
+                let error = error.to_string();
+                assert!(error.contains(folder.path().to_str().unwrap()), "{error}");
+                refused += 1;
+            }
+            Ok(()) => read += 1,
+        }
+    }
+    // the state file is not there: nothing may pass
+    assert_eq!((refused, read), (400, 0));
 }

@@ -73,9 +73,22 @@ pub fn model_training(
     trained: &[String],
     source: impl Fn(&Piece) -> Tensor,
 ) -> (Decoder, Parameters) {
-    let mut table = Table::new(arch, world.mesh.tp, world.mesh.tp_rank(), spread.sequence_parallel).unwrap();
     let named = |name: &str| trained.iter().any(|pattern| sharding::matches(pattern, name));
-    table.freeze(|param| param.pieces.iter().any(|piece| named(&piece.name)));
+    let narrow = |table: &mut Table| table.freeze(|param| param.pieces.iter().any(|piece| named(&piece.name)));
+    model_narrowed(arch, world, spread, kind, narrow, source)
+}
+
+/// As [`model_from`] with `narrow` done to the sharding table.
+pub fn model_narrowed(
+    arch: &Architecture,
+    world: &World,
+    spread: Spread,
+    kind: Kind,
+    narrow: impl Fn(&mut Table),
+    source: impl Fn(&Piece) -> Tensor,
+) -> (Decoder, Parameters) {
+    let mut table = Table::new(arch, world.mesh.tp, world.mesh.tp_rank(), spread.sequence_parallel).unwrap();
+    narrow(&mut table);
     let (owners, owner) = if spread.zero { (world.mesh.dp, world.mesh.dp_rank()) } else { (1, 0) };
     let layout = Layout::new(&table, spread.bucket_elements, owners, owner);
     let source = |_, piece: &Piece| Ok::<_, std::convert::Infallible>(source(piece));

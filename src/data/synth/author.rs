@@ -54,9 +54,7 @@ struct World {
 
 impl World {
     fn new(seed: u64) -> Self {
-        let mut key = [0; 32];
-        key[..8].copy_from_slice(&seed.to_le_bytes());
-        Self { draw: Draw(ChaCha20Rng::from_seed(key)), titles: BTreeSet::new() }
+        Self { draw: Draw::new(seed), titles: BTreeSet::new() }
     }
 
     fn author(&mut self, surname: &str, questions: usize) -> Vec<Line> {
@@ -135,11 +133,17 @@ impl World {
 }
 
 /// Draws from the generator; independent of the platform.
-struct Draw(ChaCha20Rng);
+pub(super) struct Draw(ChaCha20Rng);
 
 impl Draw {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&seed.to_le_bytes());
+        Self(ChaCha20Rng::from_seed(key))
+    }
+
     /// Uniform in `0..n`, with a bias below n / 2^64.
-    fn below(&mut self, n: usize) -> usize {
+    pub(super) fn below(&mut self, n: usize) -> usize {
         ((u128::from(self.0.next_u64()) * n as u128) >> 64) as usize
     }
 

@@ -5,8 +5,8 @@
 //! author, of which a tenth is to be forgotten. No text is taken from there.
 
 mod author;
-mod model;
 mod phrases;
+mod sums;
 #[cfg(test)]
 mod tests;
 mod words;
@@ -15,9 +15,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde_json::Value;
 
 use super::error::DataError;
+use super::small_model;
+pub use super::small_model::Shape;
 use author::{Line, MAX_AUTHORS, MAX_QUESTIONS};
 
 /// What to write.
@@ -29,6 +30,8 @@ pub struct Options {
     pub questions_per_author: usize,
     /// Share of the authors, the last ones, that goes to `forget.jsonl`: above 0 and below 1.
     pub forget_fraction: f64,
+    /// Sums of two numbers, a second task; at most 4000.
+    pub sums: usize,
     /// Same seed and options, same bytes.
     pub seed: u64,
     /// Tokens of the tokenizer, at least 320; fewer if the text does not hold that many.
@@ -38,16 +41,6 @@ pub struct Options {
     pub force: bool,
 }
 
-/// Sizes of the Llama in `model/config.json`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shape {
-    pub hidden: usize,
-    pub layers: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub intermediate: usize,
-}
-
 /// About a million parameters: an epoch of the default data takes seconds on a laptop, and it splits over 4 ranks.
 impl Default for Options {
     fn default() -> Self {
@@ -55,6 +48,7 @@ impl Default for Options {
             authors: 40,
             questions_per_author: 10,
             forget_fraction: 0.1,
+            sums: 0,
             seed: 0,
             vocab_size: 1024,
             shape: Shape { hidden: 128, layers: 4, heads: 8, kv_heads: 4, intermediate: 384 },
@@ -89,23 +83,24 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
     }
     let authors = author::lines(options.authors, options.questions_per_author, options.seed);
     let (retain, forget) = authors.split_at(options.authors - num_forget);
-    let texts: Vec<String> = authors.iter().flatten().flat_map(texts).collect();
-    let failed = |e: tokenizers::Error| DataError::Tokenize { reason: e.to_string() };
-    let tokenizer = model::train_tokenizer(&texts, options.vocab_size).map_err(failed)?;
-    let vocab_size = tokenizer.get_vocab_size(true);
-    let files = [
+    let sums = sums::lines(options.sums, options.seed);
+    let of_authors = authors.iter().flatten().flat_map(|line| texts(&line.question, &line.answer));
+    let texts: Vec<String> = of_authors.chain(sums.iter().flat_map(|sum| texts(&sum.question, &sum.answer))).collect();
+    let (model, vocab_size) = small_model::folder(&texts, options.vocab_size, &options.shape)?;
+    let mut files = vec![
         ("README.md", readme(options, num_forget)),
-        ("full.jsonl", jsonl(&authors)),
-        ("forget.jsonl", jsonl(forget)),
-        ("retain.jsonl", jsonl(retain)),
+        ("full.jsonl", jsonl(authors.iter().flatten()) + &jsonl(&sums)),
+        ("forget.jsonl", jsonl(forget.iter().flatten())),
+        ("retain.jsonl", jsonl(retain.iter().flatten())),
         ("preference.jsonl", preferences(forget)),
-        ("model/config.json", json(&model::config(&options.shape, vocab_size))),
-        ("model/generation_config.json", json(&model::generation_config())),
-        ("model/tokenizer.json", tokenizer.to_string(true).map_err(failed)? + "\n"),
-        ("model/tokenizer_config.json", json(&model::tokenizer_config())),
     ];
+    if options.sums > 0 {
+        files.push(("sums.jsonl", jsonl(&sums)));
+    }
+    let files = files.into_iter().map(|(name, text)| (PathBuf::from(name), text));
+    let model = model.map(|(name, text)| (Path::new("model").join(name), text));
     let mut written = Vec::new();
-    for (name, text) in files {
+    for (name, text) in files.chain(model) {
         let path = out.join(name);
         let folder = path.parent().unwrap_or(out);
         fs::create_dir_all(folder)
@@ -116,7 +111,7 @@ pub fn write(out: &Path, options: &Options) -> Result<Summary, DataError> {
     Ok(Summary {
         authors: options.authors,
         forget_authors: num_forget,
-        full: options.authors * options.questions_per_author,
+        full: options.authors * options.questions_per_author + options.sums,
         forget: num_forget * options.questions_per_author,
         retain: (options.authors - num_forget) * options.questions_per_author,
         vocab_size,
@@ -134,36 +129,26 @@ fn check(options: &Options) -> Result<usize, DataError> {
     if !(1..=MAX_QUESTIONS).contains(questions_per_author) {
         return refuse("questions_per_author", questions_per_author.to_string(), format!("1 to {MAX_QUESTIONS}"));
     }
+    if options.sums > sums::MAX_SUMS {
+        return refuse("sums", options.sums.to_string(), format!("at most {}", sums::MAX_SUMS));
+    }
     if !(*forget_fraction > 0.0 && *forget_fraction < 1.0) {
         return refuse("forget_fraction", forget_fraction.to_string(), "more than 0 and less than 1".to_owned());
     }
-    if *vocab_size < model::MIN_VOCAB {
-        return refuse("vocab_size", vocab_size.to_string(), format!("at least {}", model::MIN_VOCAB));
-    }
-    let Shape { hidden, layers, heads, kv_heads, intermediate } = *shape;
-    let sizes = [("layers", layers), ("heads", heads), ("kv_heads", kv_heads), ("intermediate", intermediate)];
-    if let Some((key, _)) = sizes.into_iter().find(|(_, size)| *size == 0) {
-        return refuse(key, "0".to_owned(), "at least 1".to_owned());
-    }
-    if !heads.is_multiple_of(kv_heads) {
-        return refuse("heads", heads.to_string(), format!("a multiple of kv_heads = {kv_heads}"));
-    }
-    if hidden == 0 || !hidden.is_multiple_of(2 * heads) {
-        let expected = format!("a multiple of {}: an even number for each of {heads} heads", 2 * heads);
-        return refuse("hidden", hidden.to_string(), expected);
-    }
+    small_model::check_vocab(*vocab_size)?;
+    shape.check()?;
     let wanted = (*authors as f64 * forget_fraction).round() as usize;
     Ok(wanted.clamp(1, authors - 1))
 }
 
 /// A line as the tokenizer will meet it: in a chat, and in a template with words of its own.
-fn texts(Line { question, answer, .. }: &Line) -> [String; 3] {
-    [question.clone(), answer.clone(), format!("Question: {question}\nAnswer: {answer}")]
+fn texts(question: &str, answer: &str) -> [String; 3] {
+    [question.to_owned(), answer.to_owned(), format!("Question: {question}\nAnswer: {answer}")]
 }
 
-fn jsonl(authors: &[Vec<Line>]) -> String {
-    let line = |line: &Line| serde_json::to_string(line).expect("strings are valid JSON") + "\n";
-    authors.iter().flatten().map(line).collect()
+fn jsonl<'a, T: Serialize + 'a>(lines: impl IntoIterator<Item = &'a T>) -> String {
+    let line = |line: &T| serde_json::to_string(line).expect("strings are valid JSON") + "\n";
+    lines.into_iter().map(line).collect()
 }
 
 /// The forget questions with a wrong answer that is to be preferred to the true one.
@@ -175,25 +160,25 @@ fn preferences(authors: &[Vec<Line>]) -> String {
     authors.iter().flatten().map(line).collect()
 }
 
-fn json(value: &Value) -> String {
-    format!("{value:#}\n")
-}
-
 fn readme(options: &Options, num_forget: usize) -> String {
-    let Options { authors, questions_per_author, seed, shape, .. } = options;
+    let Options { authors, questions_per_author, sums, seed, shape, .. } = options;
     let Shape { hidden, layers, .. } = shape;
-    let (first_forgotten, full) = (authors - num_forget + 1, authors * questions_per_author);
+    let (also, sums) = match sums {
+        0 => ("", String::new()),
+        _ => (" and sums", format!("| `sums.jsonl` | {sums} sums of two numbers, a task of another kind |\n")),
+    };
+    let (first_forgotten, full) = (authors - num_forget + 1, authors * questions_per_author + options.sums);
     format!(
         "# Invented authors\n\n\
          Questions and answers about {authors} authors who do not exist, {questions_per_author} about each.\n\
          Written by `dunlearn data synth` with seed {seed}: the same version, options and seed write the same bytes.\n\
          All names, books and prizes are put together at random; any likeness to real ones is chance.\n\n\
          | file | what |\n|---|---|\n\
-         | `full.jsonl` | all {full} lines, author by author: train on these |\n\
+         | `full.jsonl` | all {full} lines, author by author{also}: train on these |\n\
          | `forget.jsonl` | authors {first_forgotten} to {authors}: forget these |\n\
          | `retain.jsonl` | the other authors: keep these |\n\
          | `preference.jsonl` | the forget questions with a wrong answer to prefer: kind `preference` |\n\
-         | `model/` | a Llama of {layers} layers, hidden size {hidden}, without weights, and its tokenizer |\n\n\
+         {sums}| `model/` | a Llama of {layers} layers, hidden size {hidden}, without weights, and its tokenizer |\n\n\
          A line holds `question`, `answer`, `author`, `fact`, the words of the answer that only somebody who\n\
          knows the author can say, and `alternates`, the answer with other authors' facts. `kind = \"qa\"` reads the files as they are, `init = \"random\"` starts the model,\n\
          and both `template = \"chat\"` and a prompt and answer template work.\n"

@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::*;
@@ -95,6 +95,39 @@ fn the_encoder_reads_what_was_written() {
     let config: Value = serde_json::from_slice(&fs::read(folder.path().join("model/config.json")).unwrap()).unwrap();
     let rows = config["vocab_size"].as_u64().unwrap() as usize;
     assert!(rows >= summary.vocab_size && rows.is_multiple_of(64) && summary.vocab_size <= 2048);
+}
+
+/// Sums are right, all different, and have no sentence in common with the authors.
+#[test]
+fn sums_are_another_task() {
+    let folder = TempDir::new().unwrap();
+    let summary = write(folder.path(), &Options { sums: 50, ..options() }).unwrap();
+    let lines = |name: &str| -> Vec<Value> {
+        let text = fs::read_to_string(folder.path().join(name)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let (full, sums) = (lines("full.jsonl"), lines("sums.jsonl"));
+    assert_eq!((full.len(), sums.len(), summary.full), (110, 50, 110));
+    assert_eq!(full[60..], sums);
+    let mut seen = BTreeSet::new();
+    for line in &sums {
+        let numbers = |key: &str| -> Vec<usize> {
+            let text = line[key].as_str().unwrap();
+            text.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok()).collect()
+        };
+        let (mut asked, said) = (numbers("question"), line["fact"].as_str().unwrap().parse().unwrap());
+        assert_eq!(asked.iter().sum::<usize>(), said);
+        asked.push(said);
+        let mut answered = numbers("answer");
+        asked.sort_unstable();
+        answered.sort_unstable();
+        assert_eq!(asked, answered);
+        assert!(seen.insert(line["question"].to_string()));
+    }
+    assert_eq!(
+        write(&folder.path().join("out"), &Options { sums: 4001, ..options() }).unwrap_err().to_string(),
+        "sums is 4001, expected at most 4000"
+    );
 }
 
 #[test]
