@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod dist;
+pub mod doctor;
 pub mod eval;
 pub mod kernels;
 pub mod launch;

@@ -92,6 +92,23 @@ pub fn set_variable(name: &str, value: &str) {
     unsafe { std::env::set_var(name, value) };
 }
 
+/// Ends this process at once: nothing is run any more that could wait for a device or for other ranks.
+pub fn end_now(code: i32) -> ! {
+    // SAFETY: the call does not return and touches no memory of ours.
+    unsafe { libc::_exit(code) }
+}
+
+/// Soft limits of this process on memory that it may lock and on files that it may open; None: unlimited.
+pub fn limits() -> (Option<u64>, Option<u64>) {
+    let limit = |which| {
+        let mut both = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: one out parameter, plain old data.
+        let known = unsafe { libc::getrlimit(which, &raw mut both) } == 0;
+        (known && both.rlim_cur != libc::RLIM_INFINITY).then_some(both.rlim_cur)
+    };
+    (limit(libc::RLIMIT_MEMLOCK), limit(libc::RLIMIT_NOFILE))
+}
+
 /// Whether standard error is a terminal.
 pub fn stderr_is_terminal() -> bool {
     use std::io::IsTerminal;

@@ -1,7 +1,7 @@
 //! MPI over host memory, by its C functions: non-blocking collectives that are polled, so that every wait can yield its
 //! core, keep a deadline and advance other requests.
 //!
-//! The default error handler (errors are fatal) stays: rsmpi's safe calls drop return codes.
+//! An error of MPI is a panic with MPI's words: return codes are not looked at.
 
 use std::cell::RefCell;
 use std::ffi::c_int;
@@ -47,7 +47,30 @@ pub struct Request {
 pub fn initialise() -> Option<Environment> {
     let (universe, _) = mpi::initialize_with_threading(Threading::Funneled)?;
     INITIALISED.store(true, Ordering::SeqCst);
+    // SAFETY: MPI is up. MPI calls the handler with two pointers and, on some platforms, more that it does not read; communicators
+    // made from this one inherit it.
+    unsafe {
+        let mut handler: ffi::MPI_Errhandler = std::mem::zeroed();
+        let function = std::mem::transmute::<Handler, Option<MpiHandler>>(on_error);
+        ffi::MPI_Comm_create_errhandler(function, &raw mut handler);
+        ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, handler);
+    }
     Some(Environment { _universe: universe })
+}
+
+type Handler = unsafe extern "C" fn(*mut ffi::MPI_Comm, *mut c_int);
+type MpiHandler = unsafe extern "C" fn(*mut ffi::MPI_Comm, *mut c_int, ...);
+
+/// The panic hook ends the job; nothing unwinds through MPI.
+unsafe extern "C" fn on_error(_: *mut ffi::MPI_Comm, code: *mut c_int) {
+    let mut text = [0 as std::ffi::c_char; ffi::MPI_MAX_ERROR_STRING as usize + 1];
+    let mut length = 0;
+    // SAFETY: MPI passes a valid code; the text has the size that MPI asks for and ends in zero.
+    let words = unsafe {
+        ffi::MPI_Error_string(*code, text.as_mut_ptr(), &raw mut length);
+        std::ffi::CStr::from_ptr(text.as_ptr()).to_string_lossy().into_owned()
+    };
+    panic!("MPI: {words}");
 }
 
 /// Whether MPI was started and not yet finalised.

@@ -1,9 +1,10 @@
 //! Signals that ask a run to stop: noted, and looked at where it may stop.
 
 use std::ffi::c_int;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 static ASKED: AtomicI32 = AtomicI32::new(0);
+static RECORD: AtomicBool = AtomicBool::new(false);
 
 /// From here on SIGTERM, SIGUSR1 and the first SIGINT only leave a note; a second SIGINT ends the process as ever.
 pub fn note_requests() {
@@ -11,6 +12,40 @@ pub fn note_requests() {
         // SAFETY: the handler only touches an atomic and resets a disposition, which signal handlers may do.
         unsafe { libc::signal(signal, note as *const () as libc::sighandler_t) };
     }
+}
+
+/// From here on SIGUSR2 leaves a note that asks for this rank's flight record.
+pub fn note_record_requests() {
+    // SAFETY: the handler only touches an atomic.
+    unsafe { libc::signal(libc::SIGUSR2, note_record as *const () as libc::sighandler_t) };
+}
+
+/// Whether the flight record was asked for since the last call.
+pub fn take_record_request() -> bool {
+    RECORD.swap(false, Ordering::Relaxed)
+}
+
+extern "C" fn note_record(_: c_int) {
+    RECORD.store(true, Ordering::Relaxed);
+}
+
+/// A signal that a process sends itself, for faults put in on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blow {
+    /// Ends it at once.
+    Kill,
+    /// Stops it until somebody lets it go on.
+    Stop,
+}
+
+/// Sends this process a signal that it cannot catch.
+pub fn strike(blow: Blow) {
+    let signal = match blow {
+        Blow::Kill => libc::SIGKILL,
+        Blow::Stop => libc::SIGSTOP,
+    };
+    // SAFETY: no memory is involved.
+    unsafe { libc::kill(libc::getpid(), signal) };
 }
 
 /// The signal that asked to stop, by its name.

@@ -53,6 +53,10 @@ pub(super) enum Verb {
     Attack(super::attack::AttackArguments),
     /// Ask a model: continue prompts; under a launcher the ranks share the model and the prompts
     Generate(super::generate::GenerateArguments),
+    /// Examine ranks, hosts, versions, limits, disk and links before a run; launched like one
+    Doctor(super::doctor::DoctorOptions),
+    /// Where a run is, and whether it lives
+    Status(super::status::StatusOptions),
     /// Write the model of a run's checkpoint as a Hugging Face folder; under a launcher all ranks write files
     Export(ExportOptions),
     /// List, verify and compare checkpoints
@@ -105,7 +109,10 @@ pub(super) struct RunOptions {
     /// Log lines for people or for machines
     #[arg(long, value_enum, default_value_t = LogChoice::Text)]
     pub(super) log_format: LogChoice,
-    /// Let a rank fail: panic|error|kill|hang@load|step|eval|save|export:RANK
+    /// As run.status_addr: tell the status over HTTP on this port of the machine, or on HOST:PORT
+    #[arg(long, value_name = "ADDR")]
+    pub(super) status_addr: Option<String>,
+    /// Let a rank fail: panic|error|kill|stop|hang|order|slow@load|step|collective|eval|save|export[.COUNT]:RANK
     #[arg(long, value_name = "FAULT", hide = true)]
     pub(super) fault: Option<Fault>,
 }
@@ -120,6 +127,7 @@ impl RunOptions {
             force_resume: false,
             progress: ProgressChoice::None,
             log_format: LogChoice::Text,
+            status_addr: None,
             fault: None,
         }
     }

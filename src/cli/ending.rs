@@ -5,8 +5,11 @@ use std::os::unix::process::parent_id;
 use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
+use crate::abi::host;
+use crate::dist::Alarm;
 use crate::launch::{Code, Ending, Notes};
 use crate::run::MemoryWords;
 
@@ -18,11 +21,22 @@ pub(super) fn to_be_continued() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Lets the process end with a code that answers a question with no.
+pub(super) fn answer_no() {
+    CODE.store(Code::No.number(), Ordering::Relaxed);
+}
+
 /// The exit code where nothing went wrong.
 pub(super) fn code() -> ExitCode {
     ExitCode::from(CODE.load(Ordering::Relaxed))
 }
 
+/// Longest time for ending the other ranks.
+const ENDING: Duration = Duration::from_secs(5);
+
+type Hook = Box<dyn Fn(&str) + Send + Sync>;
+
+static HOOK: OnceLock<Hook> = OnceLock::new();
 static JSON: AtomicBool = AtomicBool::new(false);
 static MEMORY: OnceLock<MemoryWords> = OnceLock::new();
 static NOTES: OnceLock<Notes> = OnceLock::new();
@@ -37,6 +51,33 @@ pub(super) fn explain_memory(words: &MemoryWords) {
     let _ = MEMORY.set(words.clone());
 }
 
+/// From here on `hook` hears why this process ends before anybody else does, unless it ends as it should.
+pub(super) fn tell_first(hook: impl Fn(&str) + Send + Sync + 'static) {
+    let _ = HOOK.set(Box::new(hook));
+}
+
+fn leave_word(message: &str) {
+    if let Some(hook) = HOOK.get() {
+        hook(message);
+    }
+}
+
+/// Runs what waits for other ranks outside of any collective of ours; where it lasts longer than `limit`, the process ends with `words`.
+pub(super) fn within<T>(rank: usize, limit: Duration, words: &str, body: impl FnOnce() -> T) -> T {
+    let (done, waits) = channel::<()>();
+    let words = format!("{words} within {} s", limit.as_secs());
+    std::thread::spawn(move || {
+        if waits.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            leave_word(&words);
+            say_now(rank, &words, Code::Deadline);
+            end_alone(Code::Deadline);
+        }
+    });
+    let result = body();
+    drop(done);
+    result
+}
+
 /// From here on the last message is a JSON object as the log lines are.
 pub(super) fn speak_json() {
     JSON.store(true, Ordering::Relaxed);
@@ -44,13 +85,20 @@ pub(super) fn speak_json() {
 
 /// Ends this process, and with it all ranks, because of an error that all of them, or this one alone, have found.
 pub(super) fn end_job(rank: usize, message: &str) -> ! {
+    leave_word(message);
     say(rank, message, Code::Refused);
-    end_with(Code::Refused)
+    end_all(Code::Refused)
 }
 
-fn end_with(code: Code) -> ! {
+/// Ends this process, and the other ranks through MPI where it is up.
+fn end_all(code: Code) -> ! {
     abort_job(i32::from(code.number()));
     std::process::exit(i32::from(code.number()))
+}
+
+/// Ends this process at once, from any thread, without waiting for anything.
+fn end_alone(code: Code) -> ! {
+    host::end_now(i32::from(code.number()))
 }
 
 /// As [`end_job`] where nothing was started yet.
@@ -73,12 +121,15 @@ pub(super) fn on_panic_end_the_job(rank: usize) {
         let place = info.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
         tracing::debug!("panic: {text}");
         if first.contains("out of memory") {
-            let words = MEMORY.get().map(MemoryWords::get).unwrap_or_default();
-            say_now(rank, &out_of_memory(first, &words), Code::Memory);
-            end_with(Code::Memory);
+            let words = out_of_memory(first, &MEMORY.get().map(MemoryWords::get).unwrap_or_default());
+            leave_word(&words);
+            say_now(rank, &words, Code::Memory);
+            end_all(Code::Memory);
         }
-        say_now(rank, &format!("{first}{place}"), Code::Panic);
-        end_with(Code::Panic);
+        let words = format!("{first}{place}");
+        leave_word(&words);
+        say_now(rank, &words, Code::Panic);
+        end_all(Code::Panic);
     }));
 }
 
@@ -91,17 +142,24 @@ fn out_of_memory(text: &str, words: &str) -> String {
     if words.is_empty() { tried } else { format!("{tried}: {words}") }
 }
 
-/// What the watchdog does when a deadline has passed; it runs on its own thread and must not call MPI.
-pub(super) fn on_timeout(rank: usize, message: &str) {
-    say_now(rank, message, Code::Deadline);
-    std::process::exit(i32::from(Code::Deadline.number()));
+/// What happens when the watchdog calls; it runs on its own thread and must not call MPI, and nothing may wait for a device.
+pub(super) fn on_alarm(rank: usize, alarm: &Alarm) {
+    let (code, words) = match alarm {
+        Alarm::Deadline(words) | Alarm::DeadlineElsewhere(words) => (Code::Deadline, words),
+        Alarm::OtherRank(words) => (Code::Loss, words),
+    };
+    leave_word(words);
+    say_now(rank, words, code);
+    end_alone(code);
 }
 
 /// What a rank without MPI does when another one has broken off: it ends too, once whatever it has to say itself is said.
 pub(super) fn on_loss(rank: usize, peer: usize) {
+    let words = format!("rank {peer} has broken off");
+    leave_word(&words);
     std::thread::sleep(Duration::from_secs(3));
-    say_now(rank, &format!("rank {peer} has broken off"), Code::Loss);
-    std::process::exit(i32::from(Code::Loss.number()));
+    say_now(rank, &words, Code::Loss);
+    end_alone(Code::Loss);
 }
 
 /// Ends this process when the launcher that started it is gone.
@@ -114,8 +172,10 @@ pub(super) fn with_the_launcher(rank: usize) {
         while parent_id() == launcher {
             std::thread::sleep(Duration::from_secs(1));
         }
-        say_now(rank, &format!("the launcher (process {launcher}) is gone"), Code::Orphan);
-        std::process::exit(i32::from(Code::Orphan.number()));
+        let words = format!("the launcher (process {launcher}) is gone");
+        leave_word(&words);
+        say_now(rank, &words, Code::Orphan);
+        end_alone(Code::Orphan);
     });
 }
 
@@ -164,6 +224,11 @@ fn say_now(rank: usize, message: &str, code: Code) {
 fn abort_job(code: i32) {
     if crate::abi::mpi::is_active() {
         std::thread::sleep(Duration::from_millis(300));
+        // MPI_Abort talks to daemons that may be gone
+        std::thread::spawn(move || {
+            std::thread::sleep(ENDING);
+            host::end_now(code);
+        });
         crate::abi::mpi::abort(code);
     }
 }

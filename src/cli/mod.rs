@@ -10,6 +10,7 @@ mod bench;
 mod check;
 mod checkpoint;
 mod device;
+mod doctor;
 mod ending;
 mod eval;
 mod generate;
@@ -18,6 +19,7 @@ mod methods;
 mod plan;
 mod report;
 mod run;
+mod status;
 mod weights;
 
 use std::process::ExitCode;
@@ -77,6 +79,8 @@ pub fn main() -> ExitCode {
         Some(Verb::Eval(options)) => eval::eval(&options, &launched, started),
         Some(Verb::Attack(options)) => attack::attack(&options, &launched, started),
         Some(Verb::Generate(options)) => generate::generate(&options, &launched),
+        Some(Verb::Doctor(options)) => doctor::doctor(&options, &launched),
+        Some(Verb::Status(options)) => status::status(&options),
         Some(Verb::Export(options)) => checkpoint::export(&options, &launched),
         Some(Verb::Checkpoint { verb }) => checkpoint::inspect(&verb),
         Some(Verb::Weights { verb }) => weights::weights(&verb, &launched, started),

@@ -16,7 +16,7 @@ use crate::config::{self, Config, Dp};
 use crate::dist::{Mesh, Peers, Watchdog, World, tcp_world};
 use crate::launch::{NOTES, Notes, binding};
 use crate::run::{self, Context, MemoryWords, Outcome};
-use crate::telemetry::{Console, LogFormat, ProgressMode, start_log};
+use crate::telemetry::{Board, Console, LogFormat, ProgressMode, RunState, serve, start_log};
 
 pub(super) fn run(options: &RunOptions, launched: &Launched, started: Instant) -> anyhow::Result<()> {
     // before anything else: a signal that comes early is a request too
@@ -41,6 +41,7 @@ pub(super) fn with_ranks(launched: &Launched, body: impl FnOnce(&Ranks) -> anyho
     if let Err(error) = body(&ranks) {
         ending::end_job(launched.rank, &ending::in_words(&error));
     }
+    ending::within(launched.rank, PARTING, "all is done, but the other ranks did not end", || drop(ranks));
     Ok(())
 }
 
@@ -53,6 +54,7 @@ fn run_on(ranks: &Ranks, options: &RunOptions, launched: &Launched, started: Ins
         // all ranks have met in `context`: each of them takes signals by now
         notes.say_ready();
     }
+    signals::note_record_requests();
     match tch::no_grad(|| run::run(&config, context))? {
         Outcome::Finished(_) => {
             if is_first {
@@ -91,8 +93,16 @@ pub(super) fn context(
     let (fault, mpi_version) = (options.fault, ranks.version());
     let memory_words = MemoryWords::default();
     ending::explain_memory(&memory_words);
+    let board = Board::default();
+    tell_status(options, config, &board, world.is_first())?;
+    let (watchdog, told) = (world.watchdog.clone(), board.clone());
+    ending::tell_first(move |why| {
+        watchdog.fail(why);
+        told.end(RunState::Failed, Some(why));
+    });
     Ok(Context {
         memory_words,
+        board,
         world,
         device,
         about_device: about,
@@ -107,8 +117,21 @@ pub(super) fn context(
     })
 }
 
-/// How long ranks without MPI wait for each other at the start.
+/// How long ranks wait for each other at the start.
 const GATHERING: Duration = Duration::from_secs(300);
+/// How long ranks wait for each other when all is done.
+const PARTING: Duration = Duration::from_secs(60);
+
+/// Tells the status over HTTP, on the first rank, where that is asked for.
+fn tell_status(options: &RunOptions, config: &Config, board: &Board, first: bool) -> anyhow::Result<()> {
+    let address = options.status_addr.as_ref().or(config.run.status_addr.as_ref());
+    if let Some(address) = address.filter(|_| first) {
+        let address = serve(address, board).map_err(anyhow::Error::msg)?;
+        tracing::info!("status: http://{address}/status.json, http://{address}/metrics");
+        board.update(|status| status.address = Some(address.to_string()));
+    }
+    Ok(())
+}
 
 /// The ranks of the job, for as long as it runs.
 pub(super) enum Ranks {
@@ -138,7 +161,9 @@ impl Ranks {
         ending::with_the_launcher(launched.rank);
         #[cfg(feature = "mpi")]
         {
-            let environment = crate::abi::mpi::initialise().context("MPI was initialised before")?;
+            let start = || crate::abi::mpi::initialise().context("MPI was initialised before");
+            let environment =
+                ending::within(launched.rank, GATHERING, "MPI has not brought the ranks together", start)?;
             let size = environment.size();
             if size != launched.world && launched.world > 1 {
                 bail!(
@@ -158,7 +183,7 @@ impl Ranks {
         }
     }
 
-    /// The groups of the job, watched by a thread that ends the process when a collective outlasts `timeout`.
+    /// The groups of the job, watched by a thread that ends the process when a wait outlasts `timeout`.
     pub(super) fn world(
         &self,
         tp: usize,
@@ -169,13 +194,13 @@ impl Ranks {
         let watchdog = || {
             let watchdog = Watchdog::new(timeout);
             let rank = launched.rank;
-            watchdog.start(move |message| ending::on_timeout(rank, message));
+            watchdog.start(move |alarm| ending::on_alarm(rank, &alarm));
             watchdog
         };
         match self {
             Self::Solo => {
                 Mesh::new(0, 1, tp, dp)?;
-                Ok(World::solo())
+                Ok(World { watchdog: watchdog(), ..World::solo() })
             }
             Self::Tcp(peers) => Ok(tcp_world(peers, tp, dp, watchdog())?),
             #[cfg(feature = "mpi")]
@@ -183,7 +208,8 @@ impl Ranks {
         }
     }
 
-    fn version(&self) -> Option<String> {
+    /// Of the MPI library, where there is one.
+    pub(super) fn version(&self) -> Option<String> {
         match self {
             Self::Solo | Self::Tcp(_) => None,
             #[cfg(feature = "mpi")]

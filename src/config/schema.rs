@@ -61,9 +61,14 @@ pub struct Run {
     /// CPU threads of one rank; 0 means `OMP_NUM_THREADS`, or else a fair share of the cores that the launcher left to it. Unit: threads.
     #[serde(default)]
     pub threads: usize,
-    /// Deadline of one collective while training; a longer wait ends the whole job. Unit: seconds.
+    /// Deadline of one wait for other ranks while training; a longer one ends the whole job. Twice that until the first step is done;
+    /// a second more for each 50 MB while files are read or written. Unit: seconds.
     #[serde(default = "default_timeout")]
     pub timeout: u64,
+    /// Tell the status over HTTP (`/status.json`, and `/metrics` for Prometheus): a port of this machine alone, or `HOST:PORT`. By
+    /// default nothing listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status_addr: Option<String>,
 }
 
 fn default_timeout() -> u64 {

@@ -1,11 +1,13 @@
 //! A group of ranks and its collectives.
 
 use std::cell::{Cell, RefCell};
+use std::panic::Location;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
+use super::flight::CallState;
 use super::watchdog::Watchdog;
 use super::wire::{Call, Op, Record};
 
@@ -50,6 +52,8 @@ pub struct Group {
     axis: &'static str,
     rank: usize,
     size: usize,
+    /// Number of this communicator in the flight record.
+    channel: usize,
     host: Option<Box<dyn Transport>>,
     device: Option<Box<dyn Transport>>,
     watchdog: Watchdog,
@@ -74,7 +78,7 @@ pub struct Pending(State);
 
 enum State {
     Done(Tensor),
-    Open { ticket: Box<dyn Ticket>, what: String, watchdog: Watchdog, traffic: Rc<Cell<Traffic>> },
+    Open { ticket: Box<dyn Ticket>, call: u64, after: CallState, watchdog: Watchdog, traffic: Rc<Cell<Traffic>> },
 }
 
 impl Group {
@@ -85,6 +89,7 @@ impl Group {
             axis,
             rank: 0,
             size: 1,
+            channel: 0,
             host: None,
             device: None,
             watchdog,
@@ -93,24 +98,37 @@ impl Group {
         }
     }
 
+    /// `members`: ranks of the job, in the group's order; this is the one at `rank`.
     pub(super) fn new(
         axis: &'static str,
         rank: usize,
-        size: usize,
+        members: &[usize],
         carrier: Box<dyn Transport>,
         dog: &Watchdog,
     ) -> Self {
+        let size = members.len();
         let host = (size > 1).then_some(carrier);
+        let channel = if size > 1 { dog.channel(axis, members) } else { 0 };
         Self {
             axis,
             rank,
             size,
+            channel,
             host,
             device: None,
             watchdog: dog.clone(),
             traffic: Rc::default(),
             record: RefCell::default(),
         }
+    }
+
+    /// A digest of the collectives that were called so far: equal on all ranks of the group as long as they do the same.
+    pub(super) fn digest(&self) -> Option<f64> {
+        (self.size > 1).then(|| self.watchdog.digest(self.channel))
+    }
+
+    pub(super) fn axis(&self) -> &'static str {
+        self.axis
     }
 
     /// From here on tensors on devices go through `carrier`.
@@ -163,10 +181,11 @@ impl Group {
     /// Replaces `tensor` by the element-wise sum or maximum over the group. All ranks of the group call it.
     ///
     /// On the host bf16 is added up in f32 and rounded once.
+    #[track_caller]
     pub fn all_reduce(&self, tensor: &mut Tensor, op: Reduce) {
         let what = tensor.shallow_clone();
         let Some(transport) = self.transport(&what) else { return };
-        self.timed("all_reduce", &what, || {
+        self.timed("all_reduce", &what, Location::caller(), || {
             if tensor.kind() == Kind::BFloat16 && !transport.adds_bf16() {
                 let mut wide = tensor.to_kind(Kind::Float).contiguous();
                 self.note(Op::AllReduce, &wide);
@@ -186,6 +205,7 @@ impl Group {
     }
 
     /// As [`Self::all_reduce`] for a few numbers on the host.
+    #[track_caller]
     pub fn all_reduce_f64(&self, values: &mut [f64], op: Reduce) {
         if self.size > 1 {
             let mut tensor = Tensor::from_slice(values);
@@ -197,6 +217,7 @@ impl Group {
     /// Starts the sum over the group of `input` (`size` equal parts along dimension 0); waiting gives this rank's part.
     ///
     /// All ranks of the group call it, and wait in the same order.
+    #[track_caller]
     pub fn reduce_scatter(&self, input: &Tensor) -> Pending {
         if self.size == 1 {
             return Pending(State::Done(input.shallow_clone()));
@@ -205,19 +226,22 @@ impl Group {
     }
 
     /// As [`Self::reduce_scatter`] into `output`, which may be this rank's part of `input` itself.
+    #[track_caller]
     pub fn reduce_scatter_into(&self, input: &Tensor, output: Tensor) -> Pending {
         let Some(transport) = self.transport(input) else {
             return Pending(State::Done(input.shallow_clone()));
         };
         self.note(Op::ReduceScatter, input);
-        let ticket = self.timed("reduce_scatter", input, || transport.reduce_scatter(input.contiguous(), output));
-        let what = format!("reduce_scatter on {}", self.axis);
-        Pending(State::Open { ticket, what, watchdog: self.watchdog.clone(), traffic: Rc::clone(&self.traffic) })
+        let start = || transport.reduce_scatter(input.contiguous(), output);
+        let (ticket, call) = self.recorded("reduce_scatter", input, Location::caller(), CallState::Started, start);
+        let (after, watchdog, traffic) = (Self::after(input), self.watchdog.clone(), Rc::clone(&self.traffic));
+        Pending(State::Open { ticket, call, after, watchdog, traffic })
     }
 
     /// The sum over the group of `input` (`size` equal parts along dimension 0), this rank's part of it, in `input`'s kind.
     ///
     /// On the host bf16 is added up in f32 and rounded once. All ranks of the group call it.
+    #[track_caller]
     pub fn reduce_scatter_now(&self, input: &Tensor) -> Tensor {
         let kind = input.kind();
         match self.transport(input) {
@@ -230,6 +254,7 @@ impl Group {
     }
 
     /// The ranks' `part`s in rank order, concatenated along dimension 0. All ranks of the group call it with equal shapes.
+    #[track_caller]
     pub fn all_gather(&self, part: &Tensor) -> Tensor {
         if self.size == 1 {
             return part.shallow_clone();
@@ -242,6 +267,7 @@ impl Group {
     }
 
     /// As [`Self::all_gather`] into `output`, which may contain `part` at this rank's place.
+    #[track_caller]
     pub fn all_gather_into(&self, part: &Tensor, output: &mut Tensor) {
         match self.transport(part) {
             Some(transport) => {
@@ -249,7 +275,7 @@ impl Group {
                 let part = if transport.gathers_in_place() { part.contiguous() } else { part.copy() };
                 let what = output.shallow_clone();
                 self.note(Op::AllGather, &what);
-                self.timed("all_gather", &what, || transport.all_gather(&part, output));
+                self.timed("all_gather", &what, Location::caller(), || transport.all_gather(&part, output));
             }
             None if part.data_ptr() != output.data_ptr() => {
                 output.copy_(part);
@@ -259,6 +285,7 @@ impl Group {
     }
 
     /// Every rank's `bytes` in rank order. All ranks of the group call it; lengths may differ.
+    #[track_caller]
     pub fn gather_bytes(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
         if self.size == 1 {
             return vec![bytes.to_vec()];
@@ -274,6 +301,7 @@ impl Group {
     }
 
     /// Rank `root`'s bytes on every rank. All ranks of the group call it.
+    #[track_caller]
     pub fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Vec<u8> {
         if self.size == 1 {
             return bytes.to_vec();
@@ -290,19 +318,22 @@ impl Group {
     }
 
     /// Copies rank `root`'s contiguous `tensor` into everybody's. All ranks of the group call it.
+    #[track_caller]
     pub fn broadcast(&self, tensor: &mut Tensor, root: usize) {
         let what = tensor.shallow_clone();
         if let Some(transport) = self.transport(&what) {
             self.note(Op::Broadcast, &what);
-            self.timed("broadcast", &what, || transport.broadcast(tensor, root));
+            self.timed("broadcast", &what, Location::caller(), || transport.broadcast(tensor, root));
         }
     }
 
     /// Returns when every rank of the group has called it and, where devices are in use, their work is done.
+    #[track_caller]
     pub fn barrier(&self) {
         let nothing = Tensor::zeros([0], (Kind::Uint8, Device::Cpu));
+        let site = Location::caller();
         for transport in [&self.device, &self.host].into_iter().flatten() {
-            self.timed("barrier", &nothing, || transport.barrier());
+            self.timed("barrier", &nothing, site, || transport.barrier());
         }
     }
 
@@ -320,15 +351,29 @@ impl Group {
         Tensor::empty(&shape, (input.kind(), input.device()))
     }
 
-    fn timed<T>(&self, op: &'static str, tensor: &Tensor, call: impl FnOnce() -> T) -> T {
-        let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    /// What a collective of `tensor` is once the transport has returned.
+    fn after(tensor: &Tensor) -> CallState {
+        if tensor.device() == Device::Cpu { CallState::Done } else { CallState::Queued }
+    }
+
+    fn timed<T>(&self, op: &'static str, tensor: &Tensor, site: &'static Location, call: impl FnOnce() -> T) -> T {
+        self.recorded(op, tensor, site, Self::after(tensor), call).0
+    }
+
+    fn recorded<T>(
+        &self,
+        op: &'static str,
+        tensor: &Tensor,
+        site: &'static Location,
+        after: CallState,
+        call: impl FnOnce() -> T,
+    ) -> (T, u64) {
+        let (kind, count) = (tensor.kind(), tensor.numel());
         let start = Instant::now();
-        let describe =
-            || format!("{op} of {:?} {:?} on {} ({} ranks)", tensor.size(), tensor.kind(), self.axis, self.size);
-        let result = self.watchdog.watch(describe, call);
+        let result = self.watchdog.collective((self.channel, op, kind, count, site), after, call);
         let mut traffic = self.traffic.get();
         traffic.time += start.elapsed();
-        traffic.bytes += bytes as u64;
+        traffic.bytes += (count * kind.elt_size_in_bytes()) as u64;
         traffic.calls += 1;
         self.traffic.set(traffic);
         result
@@ -345,9 +390,9 @@ impl Pending {
     pub fn wait(self) -> Tensor {
         match self.0 {
             State::Done(tensor) => tensor,
-            State::Open { ticket, what, watchdog, traffic } => {
+            State::Open { ticket, call, after, watchdog, traffic } => {
                 let start = Instant::now();
-                let tensor = watchdog.watch(|| what, || ticket.wait());
+                let tensor = watchdog.rejoin(call, after, || ticket.wait());
                 let mut total = traffic.get();
                 total.time += start.elapsed();
                 traffic.set(total);

@@ -55,6 +55,16 @@ impl Mesh {
     pub fn dp_rank(&self) -> usize {
         self.rank / self.tp
     }
+
+    /// The ranks of this one's tensor-parallel group.
+    pub fn row(&self) -> Vec<usize> {
+        (0..self.tp).map(|i| self.dp_rank() * self.tp + i).collect()
+    }
+
+    /// The ranks of this one's data-parallel group.
+    pub fn column(&self) -> Vec<usize> {
+        (0..self.dp).map(|i| i * self.tp + self.tp_rank()).collect()
+    }
 }
 
 impl fmt::Display for Mesh {

@@ -15,18 +15,18 @@ impl World {
     /// Rank `mesh.rank` of a mesh whose other ranks are not there.
     pub fn planned(mesh: Mesh, record: &Record) -> Self {
         let watchdog = Watchdog::new(std::time::Duration::MAX);
-        let group = |axis, rank, size| {
-            let carrier = || Box::new(Planned { rank, size });
-            let mut group = Group::new(axis, rank, size, carrier(), &watchdog);
+        let group = |axis, rank, members: Vec<usize>| {
+            let carrier = || Box::new(Planned { rank, size: members.len() });
+            let mut group = Group::new(axis, rank, &members, carrier(), &watchdog);
             group.carry_devices(carrier());
             group.record(record);
             Rc::new(group)
         };
         Self {
             mesh,
-            world: group("world", mesh.rank, mesh.world()),
-            tp: group("tp", mesh.tp_rank(), mesh.tp),
-            dp: group("dp", mesh.dp_rank(), mesh.dp),
+            world: group("world", mesh.rank, (0..mesh.world()).collect()),
+            tp: group("tp", mesh.tp_rank(), mesh.row()),
+            dp: group("dp", mesh.dp_rank(), mesh.column()),
             watchdog: watchdog.clone(),
             planned: true,
         }

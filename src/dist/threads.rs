@@ -50,18 +50,18 @@ pub fn run_threads_with<T: Send>(fault: Fault, tp: usize, dp: usize, body: impl 
                 scope.spawn(move || {
                     tch::set_num_threads(1);
                     let dog = Watchdog::new(Duration::MAX);
-                    let group = |axis, rank, size, meeting: &Arc<Meeting>| {
+                    let group = |axis, rank, members: Vec<usize>, meeting: &Arc<Meeting>| {
                         let fault = match fault {
                             Fault::NoSum(on) | Fault::Mean(on) if on != axis => Fault::None,
                             fault => fault,
                         };
-                        Group::new(axis, rank, size, Box::new(Threads::new(meeting, rank, fault)), &dog)
+                        Group::new(axis, rank, &members, Box::new(Threads::new(meeting, rank, fault)), &dog)
                     };
                     let world = World {
                         mesh,
-                        world: Rc::new(group("world", rank, world, all)),
-                        tp: Rc::new(group("tp", mesh.tp_rank(), tp, row)),
-                        dp: Rc::new(group("dp", mesh.dp_rank(), dp, column)),
+                        world: Rc::new(group("world", rank, (0..world).collect(), all)),
+                        tp: Rc::new(group("tp", mesh.tp_rank(), mesh.row(), row)),
+                        dp: Rc::new(group("dp", mesh.dp_rank(), mesh.column(), column)),
                         watchdog: dog.clone(),
                         planned: false,
                     };

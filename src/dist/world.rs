@@ -74,6 +74,44 @@ impl World {
     pub fn is_first(&self) -> bool {
         self.mesh.rank == 0
     }
+
+    /// Numbers that say what this rank has called, for [`Self::compare_calls`]: take the maximum of each over all ranks.
+    ///
+    /// Two a group, the digest of its calls and its negative, so that the maximum shows both ends; none of others' groups.
+    pub fn calls(&self) -> Vec<f64> {
+        let Mesh { tp, dp, .. } = self.mesh;
+        let mut numbers = vec![f64::NEG_INFINITY; 2 * (1 + dp + tp)];
+        let places = [(&self.world, 0), (&self.tp, 1 + self.mesh.dp_rank()), (&self.dp, 1 + dp + self.mesh.tp_rank())];
+        for (digest, place) in places.into_iter().filter_map(|(group, place)| Some((group.digest()?, place))) {
+            numbers[2 * place] = digest;
+            numbers[2 * place + 1] = -digest;
+        }
+        numbers
+    }
+
+    /// Holds the maxima of all ranks' [`Self::calls`] against each other: the ranks of a group have called the same collectives.
+    ///
+    /// # Panics
+    /// On all ranks where they have not: sums have then been made of numbers that do not belong together.
+    #[track_caller]
+    pub fn compare_calls(&self, maxima: &[f64]) {
+        let Mesh { tp, dp, .. } = self.mesh;
+        for (place, both) in maxima.chunks_exact(2).enumerate() {
+            if both[0] == -both[1] || both[0] == f64::NEG_INFINITY {
+                continue;
+            }
+            let of = |rank: usize| Mesh { rank, ..self.mesh };
+            let (group, members) = match place {
+                0 => (&self.world, (0..tp * dp).collect()),
+                place if place <= dp => (&self.tp, of((place - 1) * tp).row()),
+                place => (&self.dp, of(place - 1 - dp).column()),
+            };
+            panic!(
+                "the ranks of {} {members:?} have called different collectives: what they have summed up does not belong together",
+                group.axis()
+            );
+        }
+    }
 }
 
 /// The groups of a job whose ranks have met over TCP. Collective over all ranks.
@@ -89,15 +127,13 @@ pub fn tcp_world(
     let group = |axis, number: usize, members: Vec<usize>| {
         let rank = members.iter().position(|&rank| rank == mesh.rank).expect("invariant: own groups");
         let carrier = Tcp::new(peers, number as u32, &members);
-        Rc::new(Group::new(axis, rank, members.len(), Box::new(carrier), &watchdog))
+        Rc::new(Group::new(axis, rank, &members, Box::new(carrier), &watchdog))
     };
-    let row = (0..tp).map(|i| mesh.dp_rank() * tp + i).collect();
-    let column = (0..mesh.dp).map(|i| i * tp + mesh.tp_rank()).collect();
     Ok(World {
         mesh,
         world: group("world", 0, (0..mesh.world()).collect()),
-        tp: group("tp", 1 + mesh.dp_rank(), row),
-        dp: group("dp", 1 + mesh.dp + mesh.tp_rank(), column),
+        tp: group("tp", 1 + mesh.dp_rank(), mesh.row()),
+        dp: group("dp", 1 + mesh.dp + mesh.tp_rank(), mesh.column()),
         watchdog: watchdog.clone(),
         planned: false,
     })
@@ -115,19 +151,20 @@ pub fn mpi_world(
 ) -> Result<World, super::mesh::MeshError> {
     use super::mpi::Mpi;
 
-    let all = environment.world();
+    let all = watchdog.watch("the ranks to form their groups", || environment.world());
     let mesh = Mesh::new(all.rank(), all.size(), tp, dp)?;
-    let row = all.split(mesh.dp_rank());
-    let column = all.split(mesh.tp_rank());
-    let group = |axis, comm: crate::abi::mpi::Comm| {
-        let (rank, size) = (comm.rank(), comm.size());
-        Rc::new(Group::new(axis, rank, size, Box::new(Mpi::new(comm)), &watchdog))
+    let (row, column) =
+        watchdog.watch("the ranks to form their groups", || (all.split(mesh.dp_rank()), all.split(mesh.tp_rank())));
+    let group = |axis, comm: crate::abi::mpi::Comm, members: Vec<usize>| {
+        let rank = comm.rank();
+        assert_eq!(comm.size(), members.len(), "invariant: {axis} is what the mesh says");
+        Rc::new(Group::new(axis, rank, &members, Box::new(Mpi::new(comm)), &watchdog))
     };
     Ok(World {
         mesh,
-        tp: group("tp", row),
-        dp: group("dp", column),
-        world: group("world", all),
+        tp: group("tp", row, mesh.row()),
+        dp: group("dp", column, mesh.column()),
+        world: group("world", all, (0..mesh.world()).collect()),
         watchdog: watchdog.clone(),
         planned: false,
     })

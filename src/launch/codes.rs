@@ -5,6 +5,8 @@
 pub enum Code {
     /// It did what it was asked to do.
     Done,
+    /// What was asked about is not as it should be: a dead run, records that part.
+    No,
     /// A mistake in command, configuration, model or data, or a disk that is full: trying again changes nothing.
     Refused,
     /// Asked to stop, the state is saved: start it again (`EX_TEMPFAIL` of sysexits.h).
@@ -17,7 +19,7 @@ pub enum Code {
     Orphan,
     /// A device ran out of memory: trying again changes nothing.
     Memory,
-    /// Without MPI: another rank has broken off.
+    /// Another rank has failed or broken off.
     Loss,
     /// Of `dunlearn launch`: the engine ended without the run's mark, as `mpirun` does with code 0 when it loses a host.
     Unfinished,
@@ -37,8 +39,9 @@ pub enum Verdict {
 }
 
 impl Code {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Done,
+        Self::No,
         Self::Refused,
         Self::Again,
         Self::Panic,
@@ -52,6 +55,7 @@ impl Code {
     pub const fn number(self) -> u8 {
         match self {
             Self::Done => 0,
+            Self::No => 1,
             Self::Refused => 2,
             Self::Again => 75,
             Self::Panic => 101,
@@ -71,6 +75,7 @@ impl Code {
     pub const fn meaning(self) -> &'static str {
         match self {
             Self::Done => "finished",
+            Self::No => "what was asked about is not as it should be: a dead run, a check that fails",
             Self::Refused => "a mistake in command, configuration, model or data, or a full disk",
             Self::Again => "asked to stop, the state is saved",
             Self::Panic => "a panic",
@@ -86,7 +91,7 @@ impl Code {
         match self {
             Self::Done => Verdict::Finished,
             Self::Again => Verdict::Stopped,
-            Self::Refused | Self::Memory => Verdict::Hopeless,
+            Self::No | Self::Refused | Self::Memory => Verdict::Hopeless,
             Self::Panic | Self::Deadline | Self::Orphan | Self::Loss | Self::Unfinished => Verdict::Retry,
         }
     }

@@ -195,11 +195,16 @@ impl Evaluator {
         context: &Context,
     ) -> Result<Evaluation, RunError> {
         let suites = self.suites.as_ref().expect("invariant: a run that evaluates has suites");
-        // ranks write answers of very different lengths
-        context.world.watchdog.set_deadline(self.timeout.max(FILES_DEADLINE));
+        let watchdog = &context.world.watchdog;
+        if suites.has_tables() {
+            // ranks write answers of very different lengths
+            watchdog.set_deadline(self.timeout.max(FILES_DEADLINE));
+        }
         let started = Instant::now();
         let mut out = suites.run(asked, encoder, label, facts, &self.others, &context.console)?;
-        context.world.watchdog.set_deadline(self.timeout);
+        if suites.has_tables() {
+            watchdog.set_deadline(self.timeout);
+        }
         tracing::debug!(label, metrics = out.metrics.len(), seconds = started.elapsed().as_secs_f64(), "evaluated");
         for warning in &out.warnings {
             warn(context, &format!("{label}: {warning}"));
@@ -251,6 +256,7 @@ fn other(
     tracing::info!("{name} model: evaluating {}", facts.path.display());
     let frozen = Frozen::load(facts, config, world, context.device, &context.console)?;
     let asked = frozen.asked(world, forward);
+    world.watchdog.set_deadline(Duration::from_secs(config.run.timeout).max(FILES_DEADLINE));
     let out = suites.run(asked, encoder, name, &frozen.facts, &Others::default(), &context.console)?;
     if world.is_first() {
         out.write(&home)?;

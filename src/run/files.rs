@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::process::libraries;
+use super::process::{self, libraries};
 use super::resume::{Past, Start};
 use super::summary::Summary;
 use super::{Context, RunError};
 use crate::checkpoint::Store;
 use crate::config::{self, Config};
 use crate::dist::World;
-use crate::telemetry::Metrics;
+use crate::telemetry::{Metrics, RunState, Saved};
 
 /// A run's folder, there on every rank.
 pub struct RunFolder {
@@ -21,8 +21,9 @@ pub struct RunFolder {
 /// First line of a run folder's `config.toml`: the sign that the folder is ours to write in.
 const MARK: &str = "# Resolved configuration of a run, written by dunlearn.\n";
 /// What a run writes into its folder, besides `config.toml`, the cache and tasks.
-const RESULTS: [&str; 9] = [
+const RESULTS: [&str; 12] = [
     "summary.json",
+    "status.json",
     "metrics.jsonl",
     "logs",
     "model",
@@ -31,6 +32,8 @@ const RESULTS: [&str; 9] = [
     "checkpoints",
     "eval",
     "report.html",
+    "flight",
+    "flight.old",
 ];
 
 impl RunFolder {
@@ -119,6 +122,7 @@ impl RunFolder {
                 let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { remove_if_there(&path) };
                 gone.map_err(|e| write(&path, e))?;
             }
+            folder.put_flight_away()?;
             let logs = folder.path.join("logs");
             std::fs::create_dir_all(&logs).map_err(|e| write(&logs, e))?;
         }
@@ -131,6 +135,57 @@ impl RunFolder {
         let path = folder.path.join(format!("logs/rank_{:05}.log", world.mesh.rank));
         context.log.open(&path).map_err(|source| RunError::Write { path, source })?;
         Ok(folder)
+    }
+
+    /// Keeps the flight records of the start before this one, and makes room for new ones.
+    fn put_flight_away(&self) -> Result<(), RunError> {
+        let (flight, old) = (self.path.join("flight"), self.path.join("flight.old"));
+        if !flight.exists() {
+            return Ok(());
+        }
+        let gone = if old.exists() { std::fs::remove_dir_all(&old) } else { Ok(()) };
+        gone.and_then(|()| std::fs::rename(&flight, &old)).map_err(|source| RunError::Write { path: flight, source })
+    }
+
+    /// From here on flight records go into the folder, and rank 0's status.
+    pub fn watch(&self, context: &Context) {
+        let world = &context.world;
+        world.watchdog.live_in(self.path.clone(), world.mesh.rank, world.mesh.world());
+        if !world.is_first() {
+            return;
+        }
+        let checkpoint = self.newest_checkpoint();
+        context.board.update(|status| {
+            (status.ranks, status.tp, status.dp) = (world.mesh.world(), world.mesh.tp, world.mesh.dp);
+            status.version = env!("CARGO_PKG_VERSION").to_owned();
+            status.host = sysinfo::System::host_name().unwrap_or_default();
+            status.pid = std::process::id();
+            status.started = process::unix_seconds() - context.started.elapsed().as_secs_f64();
+            status.checkpoint = checkpoint;
+        });
+        let watchdog = world.watchdog.clone();
+        context.board.live_in(&self.path, move |status| {
+            let (phase, since) = watchdog.phase();
+            (status.phase, status.phase_seconds) = (phase.to_string(), since.as_secs_f64());
+            status.rss_bytes = process::resident_bytes();
+        });
+    }
+
+    fn newest_checkpoint(&self) -> Option<Saved> {
+        let store = Store::of_run(&self.path);
+        let step = store.steps().ok()?.last().copied()?;
+        let written =
+            std::fs::metadata(store.folder().join(format!("step_{step:06}"))).and_then(|about| about.modified());
+        let time = written.ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+        Some(Saved { step, time: time.map_or(0.0, |time| time.as_secs_f64()) })
+    }
+
+    /// The run ends as it should.
+    pub fn leave(&self, state: RunState, context: &Context) {
+        context.world.watchdog.all_is_well();
+        if context.world.is_first() {
+            context.board.end(state, None);
+        }
     }
 
     /// All at once, so that an interruption leaves none of which a part is missing.

@@ -162,6 +162,11 @@ impl Inputs {
         Ok(Loaded { decoder, parameters, identity, names })
     }
 
+    /// Size of the whole model's weights, f32 where they are drawn.
+    pub fn model_bytes(&self) -> u64 {
+        self.arch.num_parameters() as u64 * self.stored_kind.elt_size_in_bytes() as u64
+    }
+
     /// The shards of this rank with everything trained.
     pub fn table(&self, config: &Config, world: &World) -> Result<Table, RunError> {
         let mesh = world.mesh;

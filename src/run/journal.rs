@@ -73,6 +73,8 @@ impl Journal<'_> {
             line[name] = value.clone();
         }
         self.metrics.write(&line)?;
+        context.board.step(step + 1, losses.total, seconds, work.tokens);
+        context.board.update(|status| status.device_bytes = line["device_bytes"].as_u64().unwrap_or(0));
         self.tokens += work.tokens;
         self.comm_seconds = communication;
         self.cpu_seconds = host::cpu_seconds();

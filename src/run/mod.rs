@@ -15,6 +15,7 @@ mod process;
 mod reference;
 mod resume;
 mod saving;
+mod stages;
 mod subspace;
 mod summary;
 mod trained;
@@ -22,7 +23,7 @@ mod trained;
 pub use calibrate::{Calibrated, Calibration, calibrate};
 pub use error::RunError;
 pub use evaluation::{EvaluateOptions, evaluate};
-pub use fault::{Fault, Phase};
+pub use fault::{Fault, Occasion};
 pub use inputs::{Inputs, Loaded, Sets, model_digest, sets};
 pub use memory::{Memory, MemoryWords};
 pub use summary::{Evaluations, Summary};
@@ -38,24 +39,26 @@ use crate::abi::{host, signals};
 use crate::checkpoint::{CheckpointError, ExportOptions, Folder, Store, export, export_adapter};
 use crate::config::{self, Config};
 use crate::data::{RowsOf, Stream};
-use crate::dist::World;
+use crate::dist::{Phase, World};
 use crate::eval::ForwardOptions;
 use crate::model::Keep;
 use crate::model::sharding::{ADAPTER_PREFIX, Table};
 use crate::scope;
-use crate::telemetry::{Console, LogFile};
+use crate::telemetry::{Board, Console, LogFile, RunState};
 use crate::train;
 use crate::train::{
     Batches, GradientBuffers, GradientOptions, Optimizer, Reference, ReferenceNeeds, Schedule, Trainer, TrainerOptions,
 };
 use crate::unlearn;
 use evaluation::Evaluator;
+use fault::Injector;
 use files::RunFolder;
 use journal::{Journal, comm_seconds};
 use planned::Planned;
 use reference::{Identity, Kept, ReferenceCache, ReferenceOptions};
 use resume::Start;
 use saving::{Next, Saver};
+use stages::Stages;
 use trained::Trained;
 
 /// What a run is given besides its configuration.
@@ -82,6 +85,8 @@ pub struct Context {
     pub fault: Option<Fault>,
     /// Where the run leaves what is to be said when memory runs out.
     pub memory_words: MemoryWords,
+    /// Where the run tells how far it is; rank 0's is written.
+    pub board: Board,
 }
 
 /// Longest wait for a rank that reads or writes files.
@@ -89,11 +94,9 @@ const FILES_DEADLINE: Duration = Duration::from_secs(3600);
 
 /// Runs to the end. All ranks call it; the summary is the same on all.
 pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
-    let Context { world, console, fault, .. } = &context;
-    let strike = |phase| Fault::strike(*fault, phase, world.mesh.rank);
-    // ranks may read and write files for very different times
-    let timeout = Duration::from_secs(config.run.timeout);
-    world.watchdog.set_deadline(timeout.max(FILES_DEADLINE));
+    let Context { world, console, board, .. } = &context;
+    let faults = Injector::new(context.fault, world);
+    let stages = Stages::new(config, &world.watchdog);
     let start = RunFolder::check(config, context.overwrite, world)?;
     tracing::info!("dunlearn {}: {}", env!("CARGO_PKG_VERSION"), config.run.dir.display());
     let (mesh, threads) = (world.mesh, tch::get_num_threads());
@@ -102,12 +105,12 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     tell_devices(&context);
     tracing::debug!("{mesh}");
     let mut inputs = Inputs::read(config, world)?;
-    strike(Phase::Load)?;
     // nothing of an earlier run is touched before the new one's inputs are known to be good
     let folder = RunFolder::create(config, &context, start)?;
+    folder.watch(&context);
     let (mut metrics, past) = folder.metrics(config, &context, start)?;
     if config.method.objective.is_weight_space() {
-        return subspace::run(config, inputs, &folder, &mut metrics, &context);
+        return subspace::run(config, inputs, &folder, &mut metrics, &context, &stages, &faults);
     }
     // other models come and go before this one takes its memory
     let evaluator = Evaluator::new(config, &inputs.encoder, &inputs.sets(), &context)?;
@@ -117,6 +120,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let expected = Memory::expected(config, &layout, frozen);
     expected.prepare(&context.memory_words, config, context.device);
     let base = planned::base(config, &context);
+    stages.enter(Phase::Load, inputs.model_bytes());
+    faults.at(Occasion::Load)?;
     let Loaded { decoder, parameters, identity, names } = inputs.load(config, world, context.device, console)?;
     let steps = total_steps(config, &inputs);
 
@@ -144,6 +149,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         gradients,
         optimizer: Optimizer::none(),
     };
+    board.update(|status| status.steps = steps);
+    stages.enter(Phase::Prepare, 0);
     let mask = folder.path.join("mask.safetensors");
     let again = start != Start::New;
     if let Some(selection) = scope::select(&mut trainer, config, &names, inputs.scored(config), &mask, again, world)? {
@@ -159,27 +166,29 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     }
     trainer.optimizer = Optimizer::new(&config.optimizer, &trainer.decoder.table, &trainer.parameters);
     Memory::of(&trainer).print();
-    world.watchdog.set_deadline(timeout);
     let reference_start = Instant::now();
     let reference = reference(config, &inputs, &trainer, &batches, steps, &identity, forward, &folder, &context)?;
     let reference_seconds = reference_start.elapsed().as_secs_f64();
-    let mut saver = Saver::new(config, digests.iter().cloned().collect());
+    let mut saver = Saver::new(config, digests.iter().cloned().collect(), board);
     let mut evaluations = Evaluations { before: past.before, during: past.during, ..Evaluations::default() };
     let first = match start {
         Start::New => 0,
         Start::Resume(step) => {
             // the weights before training have told what they had to: the reference and the evaluation are there
+            stages.enter(Phase::Load, 3 * inputs.model_bytes());
             restore(config, &digests, &mut trainer, step, &context)?;
             step
         }
     };
     if config.eval.before && start == Start::New {
-        strike(Phase::Eval)?;
+        stages.enter(Phase::Evaluate(0), 0);
+        faults.at(Occasion::Eval)?;
         evaluations.before = evaluator.step(0, &trainer, &inputs, Some(&identity), &context, &mut metrics)?;
     }
 
     if start == Start::New {
         // after the reference and the evaluation: those are of the model that was given
+        stages.enter(Phase::Prepare, 0);
         intervene(config, &inputs, &mut trainer, &names, world)?;
     }
 
@@ -203,9 +212,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let mut planned = Some(Planned::new(config, &inputs, &context, base, first)?);
     journal.progress.advance(first as u64, "");
     for step in first..steps {
-        if step == first + 1 {
-            strike(Phase::Step)?;
-        }
+        stages.step(step + 1);
+        faults.at(Occasion::Step)?;
         let work = batches.step(step, world.mesh);
         if let Some(planned) = &planned {
             planned.watch(&context);
@@ -229,21 +237,29 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
                 journal.between_steps(world);
             }
         }
+        stages.warmed_up();
         if evaluated {
+            stages.enter(Phase::Evaluate(step + 1), 0);
+            faults.at(Occasion::Eval)?;
             let scores = evaluator.step(step + 1, &trainer, &inputs, None, &context, journal.metrics)?;
             evaluations.during.push((step + 1, scores));
             journal.between_steps(world);
         }
-        strike_if(wish.save, *fault, Phase::Save, world)?;
+        if wish.save || wish.stop {
+            stages.enter(Phase::Save(step + 1), saver.bytes(&trainer, world));
+            faults.at(Occasion::Save)?;
+        }
         if saver.act(wish, &trainer, step + 1, world)? == Next::Stop {
             let why = signals::request().map_or_else(|| "asked to stop".to_owned(), |name| format!("{name} came"));
             tracing::info!(
                 "{why}: the state after step {} of {steps} is saved; the same command goes on from there",
                 step + 1
             );
+            folder.leave(RunState::Stopped, &context);
             return Ok(Outcome::Stopped);
         }
     }
+    stages.enter(Phase::Save(steps), saver.bytes(&trainer, world));
     saver.finish(world)?;
     let Journal { tokens, seconds_to_first_step, progress, .. } = journal;
     drop(progress);
@@ -251,14 +267,16 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
 
     trainer.check_weights(steps, world)?;
     if config.eval.after {
+        stages.enter(Phase::Evaluate(steps), 0);
+        faults.at(Occasion::Eval)?;
         evaluations.after = evaluator.step(steps, &trainer, &inputs, None, &context, &mut metrics)?;
     }
-    world.watchdog.set_deadline(timeout.max(FILES_DEADLINE));
+    stages.enter(Phase::Export, inputs.model_bytes());
     if config.export.model || config.scope.lora.is_some() {
-        strike(Phase::Export)?;
+        faults.at(Occasion::Export)?;
         export_model(config, &inputs, &trainer, world, console, &folder)?;
     }
-    strike(Phase::End)?;
+    faults.at(Occasion::End)?;
     let summary = Summary::new(
         config,
         &inputs,
@@ -270,6 +288,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     folder.write_summary(&summary, world)?;
     evaluator.print(steps, &context)?;
     summary.print(&folder.path, console);
+    stages.enter(Phase::End, 0);
+    folder.leave(RunState::Finished, &context);
     Ok(Outcome::Finished(Box::new(summary)))
 }
 
@@ -367,11 +387,6 @@ fn adapter_settings(config: &Config, table: &Table) -> serde_json::Value {
         "base_model_name_or_path": config.model.path, "r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": false, "init_lora_weights": true, "target_modules": modules,
     })
-}
-
-/// As [`Fault::strike`] where the phase is on.
-fn strike_if(on: bool, fault: Option<Fault>, phase: Phase, world: &World) -> Result<(), RunError> {
-    if on { Fault::strike(fault, phase, world.mesh.rank) } else { Ok(()) }
 }
 
 /// One line for each kind of thing that the ranks say of their devices. All ranks call it.

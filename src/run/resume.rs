@@ -19,11 +19,12 @@ pub enum Start {
 }
 
 /// Tables and keys that may change from one start to the next: they decide how a run computes and what it reports, not what.
-const FREE: [&str; 17] = [
+const FREE: [&str; 18] = [
     "run.dir",
     "run.device",
     "run.threads",
     "run.timeout",
+    "run.status_addr",
     "run.allow_shared_gpu",
     "model.path",
     "parallel",

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::RunError;
+use super::{RunError, process};
 use crate::abi::signals;
 use crate::checkpoint::state::{StateSlice, write};
 use crate::checkpoint::store::{FORMAT, file_name};
 use crate::checkpoint::{CheckpointError, Manifest, StateFile, Store};
 use crate::config::{self, Config};
 use crate::dist::{Reduce, World};
+use crate::telemetry::{Board, Saved};
 use crate::train::Trainer;
 
 /// How often ranks look whether all files are on disk, once they have to wait for them.
@@ -31,6 +32,8 @@ pub struct Saver {
     resolved: Value,
     digests: BTreeMap<String, String>,
     open: Option<Open>,
+    /// Where the last checkpoint is told.
+    board: Board,
 }
 
 /// A save whose files are being written.
@@ -63,7 +66,7 @@ pub enum Next {
 
 impl Saver {
     /// `digests`: of the model before training and of the data sets, by name.
-    pub fn new(config: &Config, digests: BTreeMap<String, String>) -> Self {
+    pub fn new(config: &Config, digests: BTreeMap<String, String>, board: &Board) -> Self {
         Self {
             config: config.checkpoint.clone(),
             run: config.run.dir.clone(),
@@ -71,6 +74,7 @@ impl Saver {
             resolved: config::to_json(config),
             digests,
             open: None,
+            board: board.clone(),
         }
     }
 
@@ -80,9 +84,12 @@ impl Saver {
         let stop = signals::request().is_some() || file("STOP");
         let due = self.config.every > 0 && step.is_multiple_of(self.config.every);
         let writing = self.open.as_ref().is_some_and(|open| !open.writer.is_finished());
-        let mut flags = [stop, due || file("SAVE"), writing].map(|flag| f64::from(u8::from(flag)));
-        world.world.all_reduce_f64(&mut flags, Reduce::Max);
-        let [stop, save, writing] = flags.map(|flag| flag > 0.0);
+        let flags = [stop, due || file("SAVE"), writing].map(|flag| f64::from(u8::from(flag)));
+        let mut numbers = [&flags[..], &world.calls()].concat();
+        world.world.all_reduce_f64(&mut numbers, Reduce::Max);
+        let (flags, calls) = numbers.split_at(flags.len());
+        world.compare_calls(calls);
+        let [stop, save, writing] = [0, 1, 2].map(|i| flags[i] > 0.0);
         // what is done anyway at the end needs no checkpoint
         let before_the_end = step < steps;
         Wish { save: save && before_the_end, stop: stop && before_the_end, written: self.open.is_some() && !writing }
@@ -108,6 +115,13 @@ impl Saver {
             }
         }
         Ok(if wish.stop { Next::Stop } else { Next::GoOn })
+    }
+
+    /// What all ranks write for one checkpoint, about.
+    pub fn bytes(&self, trainer: &Trainer, world: &World) -> u64 {
+        let mine = trainer.decoder.table.params.iter().map(|param| param.num_elements() as u64).sum::<u64>();
+        // weights and two moments in f32, of this rank's shards of the model
+        mine * world.mesh.tp as u64 * 12
     }
 
     /// Waits for a save that is still open. All ranks call it.
@@ -170,7 +184,8 @@ impl Saver {
         self.wait(world);
         let Open { step, optimizer_steps, method, bytes, writer } =
             self.open.take().expect("invariant: a save is open");
-        let file = writer.join().expect("invariant: the writing thread does not panic");
+        let file = world.watchdog.watch("this rank's disk", || writer.join());
+        let file = file.expect("invariant: the writing thread does not panic");
         let described = file.as_ref().map(|file| serde_json::to_string(file).expect("invariant: a file is JSON"));
         let text = described.as_ref().map_or_else(|_| String::new(), Clone::clone);
         let all = world.world.gather_bytes(text.as_bytes());
@@ -195,6 +210,7 @@ impl Saver {
             Ok(())
         };
         self.agree(committed, bytes, world)?;
+        self.board.update(|status| status.checkpoint = Some(Saved { step, time: process::unix_seconds() }));
         tracing::info!("saved after step {step}: {}", self.store.folder().join(format!("step_{step:06}")).display());
         Ok(())
     }
@@ -255,6 +271,7 @@ mod tests {
                 resolved: Value::Null,
                 digests: BTreeMap::new(),
                 open: Some(Open { step: 3, optimizer_steps: 3, method: Value::Null, bytes: 0, writer }),
+                board: Board::default(),
             };
             saver.finish(&world).unwrap();
         });

@@ -19,18 +19,18 @@ use super::saving::Saver;
 use super::summary::{Evaluations, Summary, Timing};
 use super::trained::Trained;
 use super::{
-    Context, FILES_DEADLINE, Fault, Outcome, Phase, RunError, export_kind, gradient_options, max_shard_bytes,
-    one_micro_batch_a_step, trainer_options,
+    Context, FILES_DEADLINE, Injector, Occasion, Outcome, RunError, Stages, export_kind, gradient_options,
+    max_shard_bytes, one_micro_batch_a_step, trainer_options,
 };
 use crate::abi::{host, signals};
 use crate::checkpoint::{Folder, export_tensors};
 use crate::config::{self, Config, Objective, StageOrder, StartFrom, Subspace};
 use crate::data::{Dataset, Order};
-use crate::dist::World;
+use crate::dist::{Phase, World};
 use crate::model::init;
 use crate::model::sharding::{ParamId, Piece, Table};
 use crate::scope::{self, layer_of};
-use crate::telemetry::{Metrics, table};
+use crate::telemetry::{Metrics, RunState, table};
 use crate::train::{Batches, Cuts, GradientBuffers, Optimizer, Parameters, Schedule, Trainer};
 use crate::unlearn;
 use crate::weights::{self, Discrimination, MatrixReport, Output, Start};
@@ -45,17 +45,21 @@ pub(super) fn run(
     folder: &RunFolder,
     metrics: &mut Metrics,
     context: &Context,
+    phases: &Stages,
+    faults: &Injector,
 ) -> Result<Outcome, RunError> {
     let Context { world, console, .. } = context;
     // other models come and go before this one takes its memory
     let evaluator = Evaluator::new(config, &inputs.encoder, &inputs.sets(), context)?;
+    phases.enter(Phase::Load, inputs.model_bytes());
+    faults.at(Occasion::Load)?;
     let loaded = inputs.load_still(config, world, context.device, console)?;
-    let mut identifier = Identifier::new(config, &inputs, loaded, folder, context)?;
+    let mut identifier = Identifier::new(config, &inputs, loaded, folder, (context, phases, faults))?;
     let identity = identifier.identity.clone();
     let mut evaluations = Evaluations::default();
-    let strike = |phase| Fault::strike(context.fault, phase, world.mesh.rank);
     if config.eval.before {
-        strike(Phase::Eval)?;
+        phases.enter(Phase::Evaluate(0), 0);
+        faults.at(Occasion::Eval)?;
         evaluations.before = evaluator.step(0, &identifier.trainer, &inputs, Some(&identity), context, metrics)?;
     }
 
@@ -65,6 +69,7 @@ pub(super) fn run(
         .collect();
     let stages = identifier.stages.len();
     let total: usize = tasks.iter().map(|(_, set)| steps(config, set) * stages).sum();
+    context.board.update(|status| status.steps = total);
     let mut journal = Journal {
         metrics,
         progress: console.progress("training", total as u64, "steps"),
@@ -80,29 +85,37 @@ pub(super) fn run(
     for (name, set) in &tasks {
         match identifier.identify(name, set, &mut journal)? {
             Some(path) => found.push(path),
-            None => return Ok(Outcome::Stopped),
+            None => {
+                folder.leave(RunState::Stopped, context);
+                return Ok(Outcome::Stopped);
+            }
         }
     }
     let (tokens, seconds_to_first_step) = (journal.tokens, journal.seconds_to_first_step);
     drop(journal.progress);
     let training_seconds = training.elapsed().as_secs_f64();
 
-    strike(Phase::Export)?;
-    world.watchdog.set_deadline(ARITHMETIC_DEADLINE);
+    faults.at(Occasion::Export)?;
+    world.watchdog.enter(Phase::Export, ARITHMETIC_DEADLINE);
     let model = apply(config, folder, &found, world)?;
-    world.watchdog.set_deadline(Duration::from_secs(config.run.timeout).max(FILES_DEADLINE));
+    phases.enter(Phase::Load, inputs.model_bytes());
     if config.eval.after {
         // of what was written
         identifier.load(&Folder::open(&model)?, None)?;
         let step = identifier.step;
+        phases.enter(Phase::Evaluate(step), 0);
+        faults.at(Occasion::Eval)?;
         evaluations.after = evaluator.step(step, &identifier.trainer, &inputs, None, context, metrics)?;
     }
     let timing =
         Timing { steps: identifier.step, tokens, training_seconds, reference_seconds: 0.0, seconds_to_first_step };
+    faults.at(Occasion::End)?;
     let summary = Summary::new(config, &inputs, context, &identity, evaluations, timing);
     folder.write_summary(&summary, world)?;
     evaluator.print(identifier.step, context)?;
     summary.print(&folder.path, console);
+    phases.enter(Phase::End, 0);
+    folder.leave(RunState::Finished, context);
     Ok(Outcome::Finished(Box::new(summary)))
 }
 
@@ -163,6 +176,8 @@ struct Identifier<'a> {
     inputs: &'a Inputs,
     folder: &'a RunFolder,
     context: &'a Context,
+    phases: &'a Stages<'a>,
+    faults: &'a Injector<'a>,
     /// Nothing is trained, between stages.
     trainer: Trainer,
     /// This rank's shards with everything trained, and with nothing.
@@ -185,7 +200,7 @@ impl<'a> Identifier<'a> {
         inputs: &'a Inputs,
         loaded: Loaded,
         folder: &'a RunFolder,
-        context: &'a Context,
+        (context, phases, faults): (&'a Context, &'a Stages<'a>, &'a Injector<'a>),
     ) -> Result<Self, RunError> {
         let world = &context.world;
         let Loaded { decoder, parameters, identity, names } = loaded;
@@ -211,11 +226,13 @@ impl<'a> Identifier<'a> {
             whole: inputs.table(config, world)?,
             still: trainer.decoder.table.clone(),
             model: Folder::open(&config.model.path)?,
-            saver: Saver::new(config, inputs.digests(&identity).into_iter().collect()),
+            saver: Saver::new(config, inputs.digests(&identity).into_iter().collect(), &context.board),
             config,
             inputs,
             folder,
             context,
+            phases,
+            faults,
             trainer,
             identity,
             names,
@@ -269,7 +286,7 @@ impl<'a> Identifier<'a> {
             StartFrom::Random => Start::Random { seed: self.config.run.seed, std: self.inputs.arch.initializer_range },
         };
         let output = Output { target: &target, kind: None, max_shard_bytes: max_shard_bytes(self.config) };
-        world.watchdog.set_deadline(FILES_DEADLINE);
+        world.watchdog.enter(Phase::Export, FILES_DEADLINE);
         weights::difference(&Folder::open(&parts)?, &start, &["*".to_owned()], &output, world, || ())?;
         if world.is_first() {
             std::fs::write(&note, &origin.text).map_err(|source| RunError::Write { path: note, source })?;
@@ -303,18 +320,16 @@ impl<'a> Identifier<'a> {
         };
         one_micro_batch_a_step(&config, &batches, steps, world)?;
         let base = self.begin(&config, table, &names, (steps, per_epoch))?;
-        world.watchdog.set_deadline(Duration::from_secs(config.run.timeout));
-        let strike = |phase| Fault::strike(self.context.fault, phase, world.mesh.rank);
         for step in 0..steps {
-            if step == 1 {
-                strike(Phase::Step)?;
-            }
+            self.phases.step(self.step + 1);
+            self.faults.at(Occasion::Step)?;
             let work = batches.step(step, world.mesh);
             let report = self.trainer.step(step, &work, None, world)?;
             let epoch = (step + 1) as f64 / per_epoch as f64;
             journal.stage = json!({ "task": name, "layers": layers, "stage_step": step + 1, "epoch": epoch });
             journal.tell(self.step, &work, &report, &self.trainer, self.context)?;
             self.step += 1;
+            self.phases.warmed_up();
             if self.saver.ask(step + 1, usize::MAX, world).stop {
                 let why = signals::request().map_or_else(|| "asked to stop".to_owned(), |name| format!("{name} came"));
                 tracing::info!(
@@ -328,7 +343,7 @@ impl<'a> Identifier<'a> {
             }
         }
         self.trainer.check_weights(steps, world)?;
-        world.watchdog.set_deadline(FILES_DEADLINE);
+        world.watchdog.enter(Phase::Save(self.step), FILES_DEADLINE);
         let tables = self.inputs.tables(&config, world)?;
         let mut trained = Trained::new(&self.trainer, world);
         export_tensors(part, &names, &tables, world, |id| {
@@ -343,7 +358,7 @@ impl<'a> Identifier<'a> {
             trained.merge(id, &values);
             Ok::<_, RunError>(values)
         })?;
-        strike(Phase::Save)?;
+        self.faults.at(Occasion::Save)?;
         self.rest(base);
         Ok(true)
     }

@@ -57,6 +57,8 @@ pub struct Launched {
     start: Instant,
     /// Forget loss, retain loss, the objective's numbers, gradient norm: f64 on the device.
     numbers: Tensor,
+    /// Collectives before this one belong to it or to steps before.
+    calls: u64,
 }
 
 /// What one step did; the same on every rank.
@@ -146,7 +148,7 @@ impl Trainer {
                 norm
             })
         };
-        Launched { step, lr, start, numbers: Tensor::cat(&[sums, norm], 0) }
+        Launched { step, lr, start, numbers: Tensor::cat(&[sums, norm], 0), calls: world.watchdog.next_call() }
     }
 
     /// Waits for the numbers of a step. All ranks call it in the order of their steps, with what the step was started with.
@@ -160,8 +162,8 @@ impl Trainer {
         reference: Option<&dyn Reference>,
         world: &World,
     ) -> Result<StepReport, NonFinite> {
-        let Launched { step, lr, start, numbers } = launched;
-        let on_host = world.watchdog.watch_device(step + 1, || numbers.to_device(tch::Device::Cpu));
+        let Launched { step, lr, start, numbers, calls } = launched;
+        let on_host = world.watchdog.watch_device(step + 1, calls, || numbers.to_device(tch::Device::Cpu));
         let all = slice::<f64>(&on_host);
         let (losses, norm) = (self.losses(all), all[all.len() - 1]);
         if !(losses.total.is_finite() && norm.is_finite()) {

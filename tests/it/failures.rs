@@ -41,28 +41,6 @@ const SHAPE: &[&str] = &[
     "64",
 ];
 
-/// A rank that panics, fails, dies or falls silent ends the job within 10 seconds, with a message and a code that is not 0.
-#[test]
-fn one_failing_rank_ends_all() {
-    let workshop = Workshop::new(SHAPE);
-    let config = workshop.config("run.toml", RUN);
-    for (fault, message) in [
-        ("panic@step:3", "error on rank 3: injected panic in phase Step"),
-        ("panic@load:2", "error on rank 2: injected panic in phase Load"),
-        ("error@step:1", "error on rank 1: injected error in phase Step"),
-        ("error@export:0", "error: injected error in phase Export"),
-        ("kill@eval:2", "signal"),
-        ("hang@step:1", "no answer to"),
-    ] {
-        let done = mpirun(4, &["--config", &config, "--fault", fault, "--overwrite"]);
-        println!("{fault:16} exit {:?} after {:.1} s", done.code, done.seconds);
-        assert!(!done.success, "{fault}: {}", done.text);
-        assert!(done.text.contains(message), "{fault}: {}", done.text);
-        assert!(done.seconds < 14.0, "{fault}: {:.1} s, of which up to 4 are the run's own", done.seconds);
-        assert!(!workshop.path("run/summary.json").exists(), "{fault}: a failed run looks finished");
-    }
-}
-
 /// Ranks whose launcher was killed outright do not stay behind.
 #[test]
 fn ranks_end_with_their_launcher() {

@@ -156,6 +156,7 @@ fn the_readme_is_true() {
         "docs/evaluation.md",
         "docs/checkpoints.md",
         "docs/report.md",
+        "docs/failures.md",
         "docs/performance.md",
         "docs/plan.md",
         "docs/gpu.md",
