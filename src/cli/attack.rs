@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::bail;
 use clap::Args;
 
-use super::arguments::{LogChoice, ProgressChoice, RunOptions};
+use super::arguments::{ProgressChoice, RunOptions};
 use super::launch::Launched;
 use super::run::{context, with_ranks};
 use crate::config;
@@ -41,16 +41,7 @@ pub(super) fn attack(options: &AttackArguments, launched: &Launched, started: In
         if config.eval.attack.is_none() {
             bail!("{}: no table [eval.attack]; write one, it may be empty", options.config.display());
         }
-        let as_run = RunOptions {
-            config: None,
-            set: Vec::new(),
-            overwrite: false,
-            force_resume: false,
-            progress: options.progress,
-            log_format: LogChoice::Text,
-            fault: None,
-        };
-        let context = context(ranks, &config, &as_run, launched, started)?;
+        let context = context(ranks, &config, &RunOptions::of_a_verb(options.progress), launched, started)?;
         let how = AttackOptions { model: options.model.clone() };
         let out = tch::no_grad(|| attack::attack(&config, &how, &context))?;
         if context.world.is_first() {

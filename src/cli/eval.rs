@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 
-use super::arguments::{LogChoice, ProgressChoice, RunOptions};
+use super::arguments::{ProgressChoice, RunOptions};
 use super::launch::Launched;
 use super::run::{context, with_ranks};
 use crate::config;
@@ -65,7 +65,7 @@ pub(super) fn eval(options: &EvalOptions, launched: &Launched, started: Instant)
             if label.as_ref().is_some_and(|label| label.is_empty() || label.contains(['/', '\\'])) {
                 bail!("--label names a file: expected a name without slashes");
             }
-            let context = context(ranks, &config, &as_run(options), launched, started)?;
+            let context = context(ranks, &config, &RunOptions::of_a_verb(options.progress), launched, started)?;
             let (evaluation, others) = tch::no_grad(|| run::evaluate(&config, &EvaluateOptions { label }, &context))?;
             if context.world.is_first() {
                 print!("{}", beside(&evaluation, &others));
@@ -74,19 +74,6 @@ pub(super) fn eval(options: &EvalOptions, launched: &Launched, started: Instant)
             }
             Ok(())
         }),
-    }
-}
-
-/// The options of a run that matter to an evaluation.
-fn as_run(options: &EvalOptions) -> RunOptions {
-    RunOptions {
-        config: None,
-        set: Vec::new(),
-        overwrite: false,
-        force_resume: false,
-        progress: options.progress,
-        log_format: LogChoice::Text,
-        fault: None,
     }
 }
 
