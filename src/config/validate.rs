@@ -590,7 +590,10 @@ lr = 1e-5
         );
         refused(&["data.train={path='t', kind='qa'}"], "data.train: has no effect unless");
         refused(&["eval.suites=['tofu']"], "eval.suites: lists \"tofu\", which has no table");
-        refused(&["eval.retrained=r"], "eval.retrained: has no effect without [eval.tofu] or [eval.mia]");
+        refused(
+            &["eval.retrained=r"],
+            "eval.retrained: has no effect without [eval.tofu], [eval.mia] or [eval.attack]",
+        );
         refused(&["eval.cache=c"], "eval.cache: has no effect without");
         refused(&["eval.reference=r"], "eval.reference: has no effect without [eval.mia]");
         refused(&["eval.choice={path='c', examples='e'}"], "eval.choice.examples: has no effect with shots = 0");

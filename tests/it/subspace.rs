@@ -307,10 +307,7 @@ fn calibration_finds_the_least_mixture() {
     let found: Value = serde_json::from_str(json).unwrap();
     let (share, bar) = (number(&found, "share"), number(&found, "bar"));
     assert!(share > 0.0 && share < 1.0 && found["tried"].as_array().unwrap().len() == 9, "{found}");
-    let retain = |mixture: &Value| {
-        let sets = mixture["sets"].as_array().unwrap();
-        number(&sets.iter().find(|set| set[0] == "retain").unwrap()[1], "probability")
-    };
+    let retain = |mixture: &Value| number(&mixture["metrics"]["retain.probability"], "value");
     for mixture in found["tried"].as_array().unwrap() {
         let at = number(mixture, "share");
         assert!(at >= share || retain(mixture) < bar, "{at} would do");

@@ -39,6 +39,8 @@ fn plain((q, first): (&Tensor, i64), cached: &Cached, shape: Shape) -> Tensor {
     let lengths = upload(&lengths, q.device()).view([rows, 1, 1, 1]);
     let at = Tensor::arange(longest, (Kind::Int64, q.device())).view([1, 1, 1, longest]);
     let mut hidden = at.ge_tensor(&lengths);
+    // a weight of 0 does not silence what is no number there
+    let values = values.masked_fill(&hidden.view([rows, 1, longest, 1]), 0.0);
     if let Some(window) = window {
         hidden = hidden.logical_or(&at.lt_tensor(&(&lengths - window)));
     }
