@@ -32,6 +32,7 @@ pub(super) fn code() -> ExitCode {
 }
 
 /// Longest time for ending the other ranks.
+#[cfg(feature = "mpi")]
 const ENDING: Duration = Duration::from_secs(5);
 
 type Hook = Box<dyn Fn(&str) + Send + Sync>;
