@@ -9,7 +9,7 @@ use super::resume::{Past, Start};
 use super::summary::Summary;
 use super::{Context, RunError};
 use crate::checkpoint::Store;
-use crate::config::{self, Config};
+use crate::config::{self, Config, Resume};
 use crate::dist::World;
 use crate::telemetry::{Metrics, RunState, Saved};
 
@@ -93,10 +93,22 @@ impl RunFolder {
         let what = match (finished, steps) {
             (true, _) => "a finished run".to_owned(),
             (false, 0) => return None,
+            // the same run again, killed before its first checkpoint: whoever starts it again wants it from the start
+            (false, _)
+                if config.checkpoint.every > 0 && config.checkpoint.resume == Resume::Auto && Self::wrote(config) =>
+            {
+                return None;
+            }
             (false, steps) => format!("a run that stopped after {steps} steps"),
         };
         let advice = || format!("{} holds {what}; choose another run.dir or pass --overwrite", folder.display());
         (!overwrite).then(advice)
+    }
+
+    /// Whether the folder's resolved configuration is this one.
+    fn wrote(config: &Config) -> bool {
+        let text = std::fs::read_to_string(config.run.dir.join("config.toml")).unwrap_or_default();
+        text.strip_prefix(MARK).is_some_and(|text| text == config::to_toml(config))
     }
 
     /// Makes the folder without results of an earlier run, writes the resolved configuration and opens this rank's log file.

@@ -96,7 +96,7 @@ impl Planned {
         );
         if worst.iter().any(|&off| off > TOLERANCE) {
             tracing::warn!(
-                "{told}; on some rank more than 10 % off: do not trust `dunlearn plan` for this configuration, and please report it"
+                "{told}; on some rank more than 10 % off; leave that much room (docs/plan.md says what the plan does not see)"
             );
         } else {
             tracing::debug!("{told}");

@@ -661,3 +661,26 @@ fn a_full_disk_loses_nothing() {
     assert!(!done.text.contains("this rank has 0 bytes"), "{}", done.text);
     whole.unwrap();
 }
+
+/// A run that was killed before its first checkpoint starts anew when it is started again, and only then: nothing tells two runs apart
+/// but their configuration.
+#[test]
+fn what_left_no_checkpoint_starts_anew() {
+    let workshop = Workshop::new(SHAPE);
+    let config = workshop.config("run.toml", RUN);
+    let dir = run_dir(&workshop, "run");
+    let start = |more: &[&str]| {
+        dunlearn(&[&["--config", &config, "--set", &dir, "--set", "checkpoint.every=5"][..], more].concat())
+    };
+    let killed = start(&["--fault", "kill@step.3:0"]);
+    assert!(!killed.success, "{}", killed.text);
+    assert!(names(&workshop.path("run").join("checkpoints")).is_empty());
+    let other = start(&["--set", "optimizer.lr=0.5"]);
+    assert!(!other.success && other.text.contains("holds a run that stopped after"), "{}", other.text);
+    let done = start(&[]);
+    assert!(done.success, "{}", done.text);
+    let whole = run_dir(&workshop, "whole");
+    let undisturbed = dunlearn(&["--config", &config, "--set", &whole, "--set", "checkpoint.every=5"]);
+    assert!(undisturbed.success, "{}", undisturbed.text);
+    assert_eq!(bytes(&workshop, "run"), bytes(&workshop, "whole"));
+}
