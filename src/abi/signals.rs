@@ -14,6 +14,13 @@ pub fn note_requests() {
     }
 }
 
+/// From here on a reader that has seen enough ends the process without a word, as it ends every tool: `dunlearn methods | head`. Not for
+/// ranks, whose connections must not end them.
+pub fn end_with_the_reader() {
+    // SAFETY: the default disposition of a signal; no handler is involved.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 /// From here on SIGUSR2 leaves a note that asks for this rank's flight record.
 pub fn note_record_requests() {
     // SAFETY: the handler only touches an atomic.

@@ -31,8 +31,7 @@ pub(super) fn code() -> ExitCode {
     ExitCode::from(CODE.load(Ordering::Relaxed))
 }
 
-/// Longest time for ending the other ranks.
-#[cfg(feature = "mpi")]
+/// Longest time for ending the other ranks, or half of that for last words.
 const ENDING: Duration = Duration::from_secs(5);
 
 type Hook = Box<dyn Fn(&str) + Send + Sync>;
@@ -149,6 +148,11 @@ pub(super) fn on_alarm(rank: usize, alarm: &Alarm) {
         Alarm::Deadline(words) | Alarm::DeadlineElsewhere(words) => (Code::Deadline, words),
         Alarm::OtherRank(words) => (Code::Loss, words),
     };
+    // a shared disk that does not answer must not keep a rank
+    std::thread::spawn(move || {
+        std::thread::sleep(2 * ENDING);
+        end_alone(code);
+    });
     leave_word(words);
     say_now(rank, words, code);
     end_alone(code);

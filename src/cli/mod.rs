@@ -28,6 +28,7 @@ use std::time::Instant;
 use arguments::{Arguments, BenchVerb, ConfigVerb, DataVerb, Verb};
 use clap::Parser;
 
+use crate::abi::signals;
 use crate::checkpoint::write_random;
 use crate::config;
 use crate::data::{small_model, synth};
@@ -57,6 +58,17 @@ pub fn main() -> ExitCode {
     };
     if run.log_format == arguments::LogChoice::Json {
         ending::speak_json();
+    }
+    if let Some(
+        Verb::Config { .. }
+        | Verb::Methods(_)
+        | Verb::Checkpoint { .. }
+        | Verb::Report(_)
+        | Verb::Status(_)
+        | Verb::Plan(_),
+    ) = &arguments.verb
+    {
+        signals::end_with_the_reader();
     }
     let result = match arguments.verb {
         None => run::run(&arguments.run, &launched, started),

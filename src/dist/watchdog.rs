@@ -154,9 +154,9 @@ impl Watchdog {
         (state.phase, state.phase_since, state.deadline) = (phase, Instant::now(), deadline);
     }
 
-    /// Changes how long one wait may take, in the same phase.
-    pub fn set_deadline(&self, deadline: Duration) {
-        self.lock().deadline = deadline;
+    /// Changes how long one wait may take, in the same phase; gives how long it was.
+    pub fn set_deadline(&self, deadline: Duration) -> Duration {
+        std::mem::replace(&mut self.lock().deadline, deadline)
     }
 
     /// What this rank is doing, and since when.

@@ -75,7 +75,7 @@ impl Code {
     pub const fn meaning(self) -> &'static str {
         match self {
             Self::Done => "finished",
-            Self::No => "what was asked about is not as it should be: a dead run, a check that fails",
+            Self::No => "what was asked about is not as it should be: a dead run, records that part",
             Self::Refused => "a mistake in command, configuration, model or data, or a full disk",
             Self::Again => "asked to stop, the state is saved",
             Self::Panic => "a panic",

@@ -51,7 +51,8 @@ pub(super) fn judge(ended: &Ended, restarted: bool, at_once: bool) -> Failure {
         (Some(0), _) => {
             unfinished("the engine ended with code 0 and the run did not: a host or its connection is lost".to_owned())
         }
-        (Some(code), _) => match Code::of(code) {
+        // no run answers no: 1 is an engine's own word for whatever went wrong
+        (Some(code), _) => match Code::of(code).filter(|&code| code != Code::No) {
             Some(Code::Again) => found(Code::Again, Code::Again.meaning().to_owned()),
             Some(code) => found(code, format!("{} (exit code {})", code.meaning(), code.number())),
             // mpirun has codes of its own above those of signals
@@ -94,6 +95,8 @@ mod tests {
         assert_eq!(of(&marked(0)), (Verdict::Finished, 0));
         assert_eq!(of(&marked(137)), (Verdict::Finished, 0));
         assert_eq!(of(&code(0)), (Verdict::Retry, 106));
+        // an engine's own word, never a run's
+        assert_eq!(of(&code(1)), (Verdict::Retry, 106));
         assert_eq!(of(&code(75)), (Verdict::Stopped, 75));
         assert_eq!(of(&code(137)), (Verdict::Retry, 137));
         assert_eq!(of(&code(2)), (Verdict::Hopeless, 2));

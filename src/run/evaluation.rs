@@ -196,14 +196,12 @@ impl Evaluator {
     ) -> Result<Evaluation, RunError> {
         let suites = self.suites.as_ref().expect("invariant: a run that evaluates has suites");
         let watchdog = &context.world.watchdog;
-        if suites.has_tables() {
-            // ranks write answers of very different lengths
-            watchdog.set_deadline(self.timeout.max(FILES_DEADLINE));
-        }
+        // ranks write answers of very different lengths
+        let before = suites.has_tables().then(|| watchdog.set_deadline(self.timeout.max(FILES_DEADLINE)));
         let started = Instant::now();
         let mut out = suites.run(asked, encoder, label, facts, &self.others, &context.console)?;
-        if suites.has_tables() {
-            watchdog.set_deadline(self.timeout);
+        if let Some(before) = before {
+            watchdog.set_deadline(before);
         }
         tracing::debug!(label, metrics = out.metrics.len(), seconds = started.elapsed().as_secs_f64(), "evaluated");
         for warning in &out.warnings {
@@ -244,24 +242,27 @@ fn other(
         return Ok(Evaluation::read(&file)?.with_all_items(&file)?);
     }
     let world = &context.world;
+    // reads a whole model, and ranks write answers of very different lengths
+    let before = world.watchdog.set_deadline(Duration::from_secs(config.run.timeout).max(FILES_DEADLINE));
     let facts = facts(&model_folder(&key, path)?, config, world)?;
     let home = cache.join(suites.digest(&facts.digest));
     let file = home.join(eval::record::FOLDER).join(format!("{name}.json"));
     // one rank looks, all follow: ranks must not disagree on whether to compute
     let fresh = world.is_first() && file.is_file();
     if world.world.broadcast_bytes(&[u8::from(fresh)], 0) == [1] {
+        world.watchdog.set_deadline(before);
         tracing::info!("{name} model: results of {} read from {}", facts.path.display(), file.display());
         return Ok(Evaluation::read(&file)?.with_all_items(&file)?);
     }
     tracing::info!("{name} model: evaluating {}", facts.path.display());
     let frozen = Frozen::load(facts, config, world, context.device, &context.console)?;
     let asked = frozen.asked(world, forward);
-    world.watchdog.set_deadline(Duration::from_secs(config.run.timeout).max(FILES_DEADLINE));
     let out = suites.run(asked, encoder, name, &frozen.facts, &Others::default(), &context.console)?;
     if world.is_first() {
         out.write(&home)?;
     }
     world.world.barrier();
+    world.watchdog.set_deadline(before);
     Ok(out)
 }
 

@@ -9,7 +9,7 @@ use super::resume::{Past, Start};
 use super::summary::Summary;
 use super::{Context, RunError};
 use crate::checkpoint::Store;
-use crate::config::{self, Config, Resume};
+use crate::config::{self, Checkpoint, Config, Resume};
 use crate::dist::World;
 use crate::telemetry::{Metrics, RunState, Saved};
 
@@ -94,21 +94,22 @@ impl RunFolder {
             (true, _) => "a finished run".to_owned(),
             (false, 0) => return None,
             // the same run again, killed before its first checkpoint: whoever starts it again wants it from the start
-            (false, _)
-                if config.checkpoint.every > 0 && config.checkpoint.resume == Resume::Auto && Self::wrote(config) =>
-            {
-                return None;
-            }
+            (false, steps) if Self::is_young(config, steps) => return None,
             (false, steps) => format!("a run that stopped after {steps} steps"),
         };
         let advice = || format!("{} holds {what}; choose another run.dir or pass --overwrite", folder.display());
         (!overwrite).then(advice)
     }
 
-    /// Whether the folder's resolved configuration is this one.
-    fn wrote(config: &Config) -> bool {
+    /// Whether the folder holds this very run, so far from its start that no checkpoint need be there.
+    fn is_young(config: &Config, steps: usize) -> bool {
+        let Checkpoint { every, resume, .. } = config.checkpoint;
+        let open = std::fs::read_dir(Store::of_run(&config.run.dir).folder()).is_ok_and(|mut entries| {
+            entries.any(|entry| entry.is_ok_and(|entry| entry.file_name().to_string_lossy().ends_with(".partial")))
+        });
         let text = std::fs::read_to_string(config.run.dir.join("config.toml")).unwrap_or_default();
-        text.strip_prefix(MARK).is_some_and(|text| text == config::to_toml(config))
+        let same = text.strip_prefix(MARK).is_some_and(|text| text == config::to_toml(config));
+        same && every > 0 && resume == Resume::Auto && (open || steps <= 2 * every)
     }
 
     /// Makes the folder without results of an earlier run, writes the resolved configuration and opens this rank's log file.
@@ -130,7 +131,8 @@ impl RunFolder {
             }
             // a run that goes on writes its model once more: the one that is there may lack what comes after it
             let old = if start == Start::New { &RESULTS[..] } else { &["model", "adapter"] };
-            for path in old.iter().map(|name| folder.path.join(name)) {
+            // why it ended may still be asked for
+            for path in old.iter().filter(|name| !name.starts_with("flight")).map(|name| folder.path.join(name)) {
                 let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { remove_if_there(&path) };
                 gone.map_err(|e| write(&path, e))?;
             }

@@ -69,8 +69,9 @@ impl<'a> Stages<'a> {
 /// Size of the data sets on disk.
 fn text_bytes(config: &Config) -> u64 {
     let data = &config.data;
-    let sources = [&data.forget, &data.retain, &data.train];
-    sources.into_iter().flatten().map(|source: &Source| size(&source.path)).sum()
+    let sources = [&data.forget, &data.retain, &data.train].into_iter().flatten();
+    let similar = config.subspace.iter().flat_map(|subspace| &subspace.similar);
+    sources.chain(similar).map(|source: &Source| size(&source.path)).sum()
 }
 
 fn size(path: &Path) -> u64 {

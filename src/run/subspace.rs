@@ -95,6 +95,7 @@ pub(super) fn run(
     drop(journal.progress);
     let training_seconds = training.elapsed().as_secs_f64();
 
+    identifier.saver.finish(world)?;
     faults.at(Occasion::Export)?;
     world.watchdog.enter(Phase::Export, ARITHMETIC_DEADLINE);
     let model = apply(config, folder, &found, world)?;
@@ -251,7 +252,9 @@ impl<'a> Identifier<'a> {
         let known = || target.is_dir() && std::fs::read_to_string(&note).is_ok_and(|text| text == origin.text);
         if agreed(world, known) {
             tracing::info!("task {name}: taken from {}", target.display());
-            journal.progress.advance((steps(self.config, set) * self.stages.len()) as u64, "");
+            let steps = steps(self.config, set) * self.stages.len();
+            journal.progress.advance(steps as u64, "");
+            self.step += steps;
             return Ok(Some(target));
         }
         let parts = self.folder.cache(world)?.join(format!("task_{}", origin.key));
@@ -260,6 +263,7 @@ impl<'a> Identifier<'a> {
             make(&self.folder.tasks())?;
         }
         world.world.barrier();
+        self.phases.enter(Phase::Load, self.inputs.model_bytes());
         self.rewind()?;
         for stage in 0..self.stages.len() {
             let part = parts.join(format!("stage_{stage:04}.safetensors"));
@@ -270,7 +274,9 @@ impl<'a> Identifier<'a> {
                     self.stages.len(),
                     part.display()
                 );
-                journal.progress.advance(steps(self.config, set) as u64, "");
+                let steps = steps(self.config, set);
+                journal.progress.advance(steps as u64, "");
+                self.step += steps;
             } else if !self.train(name, set, stage, &part, journal)? {
                 return Ok(None);
             }
@@ -344,6 +350,7 @@ impl<'a> Identifier<'a> {
         }
         self.trainer.check_weights(steps, world)?;
         world.watchdog.enter(Phase::Save(self.step), FILES_DEADLINE);
+        self.faults.at(Occasion::Save)?;
         let tables = self.inputs.tables(&config, world)?;
         let mut trained = Trained::new(&self.trainer, world);
         export_tensors(part, &names, &tables, world, |id| {
@@ -358,7 +365,6 @@ impl<'a> Identifier<'a> {
             trained.merge(id, &values);
             Ok::<_, RunError>(values)
         })?;
-        self.faults.at(Occasion::Save)?;
         self.rest(base);
         Ok(true)
     }

@@ -228,6 +228,13 @@ fn what_was_learnt_is_used_again() {
     let text = run("whole", 2, &["--overwrite", "subspace.strength=2.0", "subspace.max_rank=2"]);
     assert!(text.contains("task target: taken from") && workshop().steps("whole").is_empty(), "{text}");
     assert!(bytes("removed") != bytes("whole/model"));
+    // nothing is trained, and still the model before and the one after are two
+    let both = ["--overwrite", "subspace.strength=3.0", "eval.before=true", "eval.after=true"];
+    assert!(run("whole", 1, &both).contains("task target: taken from"));
+    let mut evaluations: Vec<_> =
+        std::fs::read_dir(workshop().path("whole/eval")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    evaluations.retain(|name| name.to_string_lossy().ends_with(".json"));
+    assert_eq!(evaluations.len(), 2, "{evaluations:?}");
     // another training is another task
     let text = run("whole", 1, &["--overwrite", "optimizer.lr=1e-3"]);
     assert!(!text.contains("taken from") && !workshop().steps("whole").is_empty(), "{text}");

@@ -9,12 +9,12 @@ mod prompts;
 mod training;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::evaluation::Evaluator;
 use super::evaluation::forward;
 use super::frozen::{Frozen, facts, model_folder};
-use super::{Context, RunError};
+use super::{Context, FILES_DEADLINE, RunError};
 use crate::config::{Attack, Config, Eval, QuantisationName, Template, TemplateName};
 use crate::data::{Dataset, Encoder};
 use crate::eval::attack::{Quantisation, latent, put_latent, quantise};
@@ -49,6 +49,7 @@ const FOLDER: &str = "attacks";
 /// What does not fit together, before anything is computed; models or data that cannot be read.
 pub fn attack(config: &Config, options: &AttackOptions, context: &Context) -> Result<Evaluation, RunError> {
     let settings = config.eval.attack.clone().unwrap_or_default();
+    context.world.watchdog.set_deadline(Duration::from_secs(config.run.timeout).max(FILES_DEADLINE));
     let targets = targets(config, options)?;
     let started = Instant::now();
     let mut all = Gathered { out: None };
