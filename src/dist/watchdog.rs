@@ -326,8 +326,8 @@ struct Look {
     /// The wait under way, and how much of it this process has lived through.
     wait: (u64, Duration),
     ticks: u64,
-    /// The file `DUMP` was there.
-    asked: bool,
+    /// Looks in a row that found the file `DUMP`.
+    asked: u32,
     stopping: bool,
     /// Another rank has failed.
     failed: Option<(Failed, Instant)>,
@@ -336,7 +336,7 @@ struct Look {
 impl Look {
     fn new() -> Self {
         let last = Instant::now();
-        Self { last, wait: (0, Duration::ZERO), ticks: 0, asked: false, stopping: false, failed: None }
+        Self { last, wait: (0, Duration::ZERO), ticks: 0, asked: 0, stopping: false, failed: None }
     }
 
     fn at(&mut self, dog: &Watchdog) -> Option<Alarm> {
@@ -387,13 +387,12 @@ impl Look {
     }
 
     fn look_around(&mut self, dog: &Watchdog, home: &Home) {
-        let asked = home.run.join(ASK).exists();
-        if asked && !self.asked {
+        self.asked = if home.run.join(ASK).exists() { self.asked + 1 } else { 0 };
+        if self.asked == 1 {
             dog.record("the file DUMP is there", true);
         }
-        self.asked = asked;
         // all have seen it by now
-        if asked && home.rank == 0 && self.ticks.is_multiple_of(16) {
+        if self.asked >= 4 && home.rank == 0 {
             let _ = std::fs::remove_file(home.run.join(ASK));
         }
         if self.failed.is_none()

@@ -249,7 +249,7 @@ fn a_stopped_run_goes_on_with_its_stage() {
     let stopped = start(UNLEARN, "broken", 2, &["parallel.tp=2"]);
     assert_eq!(stopped.code, Some(75), "{}", stopped.text);
     assert!(stopped.text.contains("0 of 2 stages of task target are on disk"), "{}", stopped.text);
-    let killed = start(UNLEARN, "broken", 2, &["parallel.tp=2", "--fault error@save:1"]);
+    let killed = start(UNLEARN, "broken", 2, &["parallel.tp=2", "--fault error@save.2:1"]);
     assert!(!killed.success, "{}", killed.text);
     let text = run("broken", 2, &["parallel.tp=2"]);
     assert!(text.contains("task target, stage 1 of 2: taken from"), "{text}");
