@@ -54,6 +54,35 @@ pub fn drop_from_cache(file: &std::fs::File) {
     unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
 }
 
+/// Tells the system to begin writing a part of a file to disk, and goes on; a system that cannot loses nothing but the head start.
+pub fn begin_to_write(file: &std::fs::File, part: std::ops::Range<u64>) {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::AsRawFd;
+        let (start, len) = (part.start as i64, (part.end - part.start) as i64);
+        // SAFETY: an open file; the call only asks for write-back.
+        unsafe { libc::sync_file_range(file.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, part);
+}
+
+/// Asks for large pages where memory that is about to be filled has room for them: a fault for each 2 MiB instead of each 4 KiB.
+pub fn prefer_large_pages(memory: &mut [u8]) {
+    #[cfg(target_os = "linux")]
+    {
+        const LARGE: usize = 2 << 20;
+        let start = memory.as_ptr().align_offset(LARGE);
+        let len = memory.len().saturating_sub(start) / LARGE * LARGE;
+        if len > 0 {
+            // SAFETY: the range lies inside the slice; the advice changes no contents.
+            unsafe { libc::madvise(memory[start..].as_mut_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
+}
+
 /// The cores that this process may run on; empty where the system does not say (or has more than 1024).
 pub fn allowed_cores() -> Vec<usize> {
     #[cfg(target_os = "linux")]

@@ -105,6 +105,12 @@ pub fn bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), size) }
 }
 
+/// Numbers as the bytes that files hold of them.
+pub fn number_bytes_mut(numbers: &mut [f32]) -> &mut [u8] {
+    // SAFETY: every byte of an f32 may be read and written as a byte, and every four bytes are an f32; the borrow is handed on.
+    unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast::<u8>(), size_of_val(numbers)) }
+}
+
 fn check<T: Element>(tensor: &Tensor) {
     assert!(
         tensor.kind() == T::KIND && tensor.is_contiguous() && tensor.device() == Device::Cpu,

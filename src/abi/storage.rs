@@ -93,17 +93,6 @@ pub fn map_file(file: &std::fs::File) -> std::io::Result<Mmap> {
     unsafe { Mmap::map(file) }
 }
 
-/// Lets go of the memory of a part of a mapped file; what is looked at again is read again.
-pub fn release(map: &Mmap, part: std::ops::Range<usize>) {
-    const PAGE: usize = 4096;
-    let (start, end) = (part.start.next_multiple_of(PAGE), part.end / PAGE * PAGE);
-    if start < end {
-        // SAFETY: the map is of a file and only read: dropped pages come back from the file with the same bytes. The range is inside
-        // the map, which starts at a page. A system whose pages are larger refuses, which changes nothing.
-        let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -122,18 +111,5 @@ mod tests {
         assert_eq!(tensor.size(), [3, 4]);
         assert_eq!(tensor.double_value(&[2, 1]), 9.0);
         assert_eq!(tensor.narrow(1, 1, 2).sum(Kind::Float).double_value(&[]), 33.0);
-    }
-
-    #[test]
-    fn what_was_released_is_read_again() {
-        let mut file = tempfile::tempfile().unwrap();
-        let bytes: Vec<u8> = (0..20_000u32).map(|i| (i % 251) as u8).collect();
-        file.write_all(&bytes).unwrap();
-        let map = map_file(&file).unwrap();
-        assert_eq!(&map[..], &bytes[..]);
-        for part in [0..20_000, 100..200, 4095..12_289, 5..5] {
-            release(&map, part);
-            assert_eq!(&map[..], &bytes[..]);
-        }
     }
 }

@@ -12,6 +12,7 @@ use tch::{Kind, Tensor};
 
 use super::CheckpointError;
 use super::export::{ExportOptions, copy_companions, file_name, split, write_index};
+use super::stream::Stream;
 use super::tensor_file::{Spec, head, publish, unfinished};
 use crate::abi::slices;
 use crate::dist::World;
@@ -112,8 +113,12 @@ fn make(partial: &Path, heads: &[(Vec<u8>, usize)], path: impl Fn(usize) -> Path
 }
 
 fn write_at(path: &Path, at: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
-    let write = |source| CheckpointError::Write { path: path.to_owned(), source };
-    File::options().write(true).open(path).and_then(|file| file.write_all_at(bytes, at)).map_err(write)
+    let written = File::options().write(true).open(path).and_then(|file| {
+        let mut stream = Stream::new(file, at);
+        stream.append(bytes)?;
+        stream.finish()
+    });
+    written.map(drop).map_err(|source| CheckpointError::Write { path: path.to_owned(), source })
 }
 
 fn close(

@@ -13,8 +13,9 @@ use tch::{Kind, Tensor};
 
 use super::CheckpointError;
 use super::slices::{Place, overlap};
+use super::stream::{Run, groups, join};
 use super::tensor_file::{Reader, Spec, Writer, Written};
-use crate::abi::slices::{Bf16, bytes, slice};
+use crate::abi::slices::{Bf16, bytes, number_bytes_mut, slice};
 
 /// What a number is to the weight whose place it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -45,7 +46,7 @@ impl What {
     }
 }
 
-/// One slice of a rank's state, on the host.
+/// One slice of a rank's state.
 pub struct StateSlice {
     pub what: What,
     pub place: Place,
@@ -156,14 +157,12 @@ struct Stored {
     scales: Option<(String, usize)>,
 }
 
-/// Where restored numbers go: a run of a moment whose blocks, if it has any, are counted from the start of `numbers`.
-pub struct Target<'a> {
-    pub numbers: &'a mut [f32],
-    /// Codes and scales as they were stored, filled as long as the blocks are the same.
-    pub codes: &'a mut [u8],
-    pub scales: &'a mut [f32],
-    /// Whether codes and scales are complete and exact.
-    pub exact: bool,
+/// Where what was stored goes.
+pub enum Target<'a> {
+    /// As numbers, whatever the files have.
+    Numbers(&'a mut [f32]),
+    /// Codes and the scales of their blocks as they are, which [`StateFiles::same_blocks`] has allowed.
+    Codes { codes: &'a mut [u8], scales: &'a mut [f32] },
 }
 
 impl StateFiles {
@@ -186,18 +185,17 @@ impl StateFiles {
                 }
                 let refuse =
                     |reason: String| CheckpointError::Tensor { path: path.to_owned(), name: key.clone(), reason };
-                let (bytes, dtype) = reader.bytes(&key)?;
+                let (bytes, dtype) = reader.size(&key)?;
                 let width = width(dtype).ok_or_else(|| refuse(format!("is stored as {dtype:?}")))?;
                 // `check` has seen that the run lies in its box, not that memory could hold it
-                if Some(bytes.len() as i64) != place.len.checked_mul(width) || (dtype == Dtype::U8) != scales.is_some()
-                {
-                    return Err(refuse(format!("has {} bytes for {} elements of {dtype:?}", bytes.len(), place.len)));
+                if Some(bytes as i64) != place.len.checked_mul(width) || (dtype == Dtype::U8) != scales.is_some() {
+                    return Err(refuse(format!("has {bytes} bytes for {} elements of {dtype:?}", place.len)));
                 }
                 if let Some((name, phase)) = &scales {
                     let blocks = (phase % BLOCK + place.len as usize).div_ceil(BLOCK);
-                    let (bytes, dtype) = reader.bytes(name)?;
-                    if *phase >= BLOCK || dtype != Dtype::F32 || bytes.len() != 4 * blocks {
-                        return Err(refuse(format!("has {} bytes of scales for {blocks} blocks", bytes.len())));
+                    let (bytes, dtype) = reader.size(name)?;
+                    if *phase >= BLOCK || dtype != Dtype::F32 || bytes != 4 * blocks {
+                        return Err(refuse(format!("has {bytes} bytes of scales for {blocks} blocks")));
                     }
                 }
                 let stored = Stored { file: files.len(), key, place, scales };
@@ -252,31 +250,21 @@ impl StateFiles {
         Ok(())
     }
 
-    /// Fills the elements of `place`, which lie at `at` in the target.
+    /// Fills the elements of `place`, which lie at `at` in the target. Reads what is needed of each file from front to back.
     ///
     /// # Errors
     /// Elements that no file has.
     pub fn fill(&self, what: What, place: &Place, at: usize, target: &mut Target) -> Result<(), CheckpointError> {
-        let none = Vec::new();
-        let stored = self.entries.get(&(what, place.tensor.clone())).unwrap_or(&none);
         let mut found = 0;
-        for stored in stored {
+        for stored in self.stored(what, &place.tensor) {
             if stored.place.shape != place.shape {
                 return Err(
                     self.refuse(stored, format!("has the shape {:?}, the model {:?}", stored.place.shape, place.shape))
                 );
             }
-            let file = &self.files[stored.file];
-            let (bytes, dtype) = file.bytes(&stored.key)?;
-            let scales = stored.scales.as_ref().map(|(name, phase)| Ok((file.bytes(name)?.0, *phase))).transpose()?;
-            let taken = overlap(&stored.place, place, |from, to, n| {
-                put(target, at + to, bytes, dtype, scales, what, from..from + n);
-            });
-            if taken > 0 {
-                // a mapped file counts as memory
-                file.release(&stored.key);
-            }
-            found += taken;
+            let mut runs = Vec::new();
+            found += overlap(&stored.place, place, |from, to, len| join(&mut runs, Run { from, to: at + to, len }));
+            self.read(stored, what, &runs, target)?;
         }
         if found == place.len {
             return Ok(());
@@ -287,6 +275,71 @@ impl StateFiles {
             path,
             name,
             reason: format!("lacks {} of {} elements", place.len - found, place.len),
+        })
+    }
+
+    fn stored(&self, what: What, tensor: &str) -> &[Stored] {
+        self.entries.get(&(what, tensor.to_owned())).map_or(&[], Vec::as_slice)
+    }
+
+    fn read(&self, stored: &Stored, what: What, runs: &[Run], target: &mut Target) -> Result<(), CheckpointError> {
+        if runs.is_empty() {
+            return Ok(());
+        }
+        let file = &self.files[stored.file];
+        let (_, dtype) = file.size(&stored.key)?;
+        let width = width(dtype).expect("invariant: `open` has checked the types") as usize;
+        let blocks = stored.scales.as_ref().map(|(name, phase)| {
+            let mut scales = vec![0f32; file.size(name)?.0 / 4];
+            file.read(name, 0, number_bytes_mut(&mut scales))?;
+            Ok::<_, CheckpointError>((scales, *phase))
+        });
+        let blocks = blocks.transpose()?;
+        let mut buffer = Vec::new();
+        for group in groups(runs, width) {
+            let first = group[0].from;
+            if let (Target::Numbers(numbers), [run], Dtype::F32) = (&mut *target, group.as_slice(), dtype) {
+                // straight to where it belongs
+                file.read(&stored.key, width * first, number_bytes_mut(&mut numbers[run.to..run.to + run.len]))?;
+                continue;
+            }
+            let end = group.last().map_or(first, |run| run.from + run.len);
+            buffer.resize(width * (end - first), 0);
+            file.read(&stored.key, width * first, &mut buffer)?;
+            for run in group {
+                let bytes = &buffer[width * (run.from - first)..width * (run.from - first + run.len)];
+                match (&mut *target, &blocks) {
+                    (Target::Numbers(numbers), None) => {
+                        numbers_of(dtype, bytes, &mut numbers[run.to..run.to + run.len])
+                    }
+                    (Target::Numbers(numbers), Some((scales, phase))) => {
+                        let book = if what == What::Second { Codes::Unsigned } else { Codes::Signed };
+                        for (i, (number, byte)) in numbers[run.to..run.to + run.len].iter_mut().zip(bytes).enumerate() {
+                            *number = code(book, *byte) * scales[(phase + run.from + i) / BLOCK];
+                        }
+                    }
+                    (Target::Codes { codes, scales: to }, Some((scales, phase))) => {
+                        codes[run.to..run.to + run.len].copy_from_slice(bytes);
+                        let (from, first) = ((phase + run.from) / BLOCK, run.to / BLOCK);
+                        let touched = (run.to + run.len).div_ceil(BLOCK) - first;
+                        to[first..first + touched].copy_from_slice(&scales[from..from + touched]);
+                    }
+                    (Target::Codes { .. }, None) => unreachable!("invariant: asked for with `same_blocks`"),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all that the files have of `place` are codes whose blocks begin where those of the target do, `place` lying at `at` there.
+    pub fn same_blocks(&self, what: What, place: &Place, at: usize) -> bool {
+        self.stored(what, &place.tensor).iter().all(|stored| {
+            let phase = stored.scales.as_ref().map(|(_, phase)| *phase);
+            let mut same = true;
+            overlap(&stored.place, place, |from, to, _| {
+                same &= phase.is_some_and(|phase| (phase + from) % BLOCK == (at + to) % BLOCK);
+            });
+            same
         })
     }
 
@@ -303,7 +356,7 @@ impl StateFiles {
         };
         let mut tensor = Tensor::empty([len], (Kind::Float, tch::Device::Cpu));
         let numbers = crate::abi::slices::slice_mut::<f32>(&mut tensor);
-        self.fill(What::Weights, &place, 0, &mut Target { numbers, codes: &mut [], scales: &mut [], exact: false })?;
+        self.fill(What::Weights, &place, 0, &mut Target::Numbers(numbers))?;
         Ok(tensor.view(shape))
     }
 
@@ -315,49 +368,20 @@ impl StateFiles {
 
 use crate::kernels::moment::{BLOCK, Codes, code};
 
-/// Copies stored elements `range` to `at` of the target: as numbers and, where both sides cut the same blocks, as codes.
-fn put(
-    target: &mut Target,
-    at: usize,
-    bytes: &[u8],
-    dtype: Dtype,
-    scales: Option<(&[u8], usize)>,
-    what: What,
-    range: std::ops::Range<usize>,
-) {
-    let numbers = &mut target.numbers[at..at + range.len()];
-    match (dtype, scales) {
-        (Dtype::F32, _) => {
-            for (number, bytes) in numbers.iter_mut().zip(bytes[4 * range.start..4 * range.end].as_chunks::<4>().0) {
+/// Stored numbers as f32.
+fn numbers_of(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]) {
+    match dtype {
+        Dtype::F32 => {
+            for (number, bytes) in numbers.iter_mut().zip(bytes.as_chunks::<4>().0) {
                 *number = f32::from_le_bytes(*bytes);
             }
         }
-        (Dtype::BF16, _) => {
-            for (number, bytes) in numbers.iter_mut().zip(bytes[2 * range.start..2 * range.end].as_chunks::<2>().0) {
+        Dtype::BF16 => {
+            for (number, bytes) in numbers.iter_mut().zip(bytes.as_chunks::<2>().0) {
                 *number = Bf16(u16::from_le_bytes(*bytes)).to_f32();
             }
         }
-        (_, Some((scales, phase))) => {
-            let book = if what == What::Second { Codes::Unsigned } else { Codes::Signed };
-            let scale = |block: usize| {
-                f32::from_le_bytes(scales[4 * block..4 * block + 4].try_into().expect("invariant: four bytes"))
-            };
-            let same_cut = (phase + range.start) % BLOCK == at % BLOCK && !target.codes.is_empty();
-            target.exact &= same_cut;
-            for (i, number) in numbers.iter_mut().enumerate() {
-                let (from, to) = (range.start + i, at + i);
-                let scale = scale((phase + from) / BLOCK);
-                *number = code(book, bytes[from]) * scale;
-                if same_cut {
-                    target.codes[to] = bytes[from];
-                    target.scales[to / BLOCK] = scale;
-                }
-            }
-        }
         _ => unreachable!("invariant: `open` has checked the types"),
-    }
-    if dtype != Dtype::U8 {
-        target.exact = false;
     }
 }
 

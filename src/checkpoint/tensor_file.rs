@@ -4,7 +4,7 @@
 //! temporary name and renamed when complete, so that a file with the final name is whole.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,8 +14,9 @@ use serde_json::{Map, Value, json};
 use tch::{Kind, Tensor};
 
 use super::CheckpointError;
+use super::stream::Stream;
 use crate::abi::slices;
-use crate::abi::storage::{map_file, map_tensor, release};
+use crate::abi::storage::{map_file, map_tensor};
 
 /// Name, kind and shape of a tensor to be written.
 #[derive(Clone, Debug)]
@@ -35,7 +36,7 @@ impl Spec {
 pub struct Writer {
     path: PathBuf,
     temporary: PathBuf,
-    file: BufWriter<File>,
+    file: Stream,
     /// Bytes that the header promises and that are still to come.
     missing: usize,
     /// Everything before the tensors.
@@ -58,8 +59,8 @@ impl Writer {
         let (head, missing) = head(specs, metadata);
         let temporary = path.with_extension("safetensors.partial");
         let write = |source| CheckpointError::Write { path: temporary.clone(), source };
-        let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(write)?);
-        file.write_all(&head).map_err(write)?;
+        let mut file = Stream::new(File::create(&temporary).map_err(write)?, 0);
+        file.append(&head).map_err(write)?;
         Ok(Self { path: path.to_owned(), temporary, file, missing, head })
     }
 
@@ -71,7 +72,7 @@ impl Writer {
     pub fn append_bytes(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
         assert!(bytes.len() <= self.missing, "invariant: not more bytes than the header says");
         self.missing -= bytes.len();
-        self.file.write_all(bytes).map_err(|source| CheckpointError::Write { path: self.temporary.clone(), source })
+        self.file.append(bytes).map_err(|source| CheckpointError::Write { path: self.temporary.clone(), source })
     }
 
     /// The bytes of the file before the tensors.
@@ -83,8 +84,7 @@ impl Writer {
     pub fn finish(self) -> Result<(), CheckpointError> {
         assert_eq!(self.missing, 0, "invariant: every byte that the header promises was appended");
         let write = |source| CheckpointError::Write { path: self.path.clone(), source };
-        let file = self.file.into_inner().map_err(|error| write(error.into_error()))?;
-        file.sync_all().map_err(write)?;
+        self.file.finish().and_then(|file| file.sync_all()).map_err(write)?;
         std::fs::rename(&self.temporary, &self.path).map_err(write)
     }
 }
@@ -136,6 +136,7 @@ pub(super) fn head(specs: &[Spec], metadata: &[(&str, &str)]) -> (Vec<u8>, usize
 /// A file of our own, open for reading.
 pub struct Reader {
     path: PathBuf,
+    file: File,
     map: Arc<Mmap>,
     data: usize,
     header: safetensors::tensor::Metadata,
@@ -144,9 +145,8 @@ pub struct Reader {
 impl Reader {
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let read = |source| CheckpointError::Read { path: path.to_owned(), source };
-        let map = Arc::new(map_file(&File::open(path).map_err(read)?).map_err(read)?);
-        // read from front to back; a system that cannot use the hint loses nothing
-        let _ = map.advise(memmap2::Advice::Sequential);
+        let file = File::open(path).map_err(read)?;
+        let map = Arc::new(map_file(&file).map_err(read)?);
         let malformed = |reason: String| CheckpointError::Malformed { path: path.to_owned(), reason };
         let (length, header) = SafeTensors::read_metadata(&map)
             .map_err(|error| malformed(format!("is not a safetensors file: {error}")))?;
@@ -154,7 +154,7 @@ impl Reader {
         if length + 8 + end > map.len() {
             return Err(malformed(format!("has {} bytes, its header promises {}", map.len(), length + 8 + end)));
         }
-        Ok(Self { path: path.to_owned(), map, data: length + 8, header })
+        Ok(Self { path: path.to_owned(), file, map, data: length + 8, header })
     }
 
     /// A text of the header.
@@ -174,25 +174,36 @@ impl Reader {
         all
     }
 
-    /// A stored tensor's bytes, which are all inside the file, and its type.
-    pub fn bytes(&self, name: &str) -> Result<(&[u8], safetensors::Dtype), CheckpointError> {
-        let refuse = |reason: &str| CheckpointError::Tensor {
-            path: self.path.clone(),
-            name: name.to_owned(),
-            reason: reason.to_owned(),
-        };
-        let info = self.header.info(name).ok_or_else(|| refuse("is missing"))?;
-        let (start, end) = info.data_offsets;
-        let bytes = self.map.get(self.data + start..self.data + end);
-        bytes.map(|bytes| (bytes, info.dtype)).ok_or_else(|| refuse("lies behind the end of the file"))
+    /// Bytes of a stored tensor, and its type.
+    ///
+    /// # Errors
+    /// A tensor that is not there.
+    pub fn size(&self, name: &str) -> Result<(usize, safetensors::Dtype), CheckpointError> {
+        let info = self.header.info(name).ok_or_else(|| self.refuse(name, "is missing"))?;
+        Ok((info.data_offsets.1 - info.data_offsets.0, info.dtype))
     }
 
-    /// Gives back the memory of a tensor's bytes, which were copied; asked for again, they are read again.
-    pub fn release(&self, name: &str) {
-        if let Some(info) = self.header.info(name) {
-            let (start, end) = info.data_offsets;
-            release(&self.map, self.data + start..self.data + end);
-        }
+    /// Reads the bytes of a stored tensor from byte `at` on.
+    pub fn read(&self, name: &str, at: usize, bytes: &mut [u8]) -> Result<(), CheckpointError> {
+        let info = self.header.info(name).ok_or_else(|| self.refuse(name, "is missing"))?;
+        let (start, end) = info.data_offsets;
+        assert!(at + bytes.len() <= end - start, "invariant: not beyond the tensor");
+        let place = (self.data + start + at) as u64;
+        self.file
+            .read_exact_at(bytes, place)
+            .map_err(|source| CheckpointError::Read { path: self.path.clone(), source })
+    }
+
+    /// Reads all bytes of a stored tensor.
+    pub fn whole(&self, name: &str) -> Result<(Vec<u8>, safetensors::Dtype), CheckpointError> {
+        let (len, dtype) = self.size(name)?;
+        let mut bytes = vec![0; len];
+        self.read(name, 0, &mut bytes)?;
+        Ok((bytes, dtype))
+    }
+
+    fn refuse(&self, name: &str, reason: &str) -> CheckpointError {
+        CheckpointError::Tensor { path: self.path.clone(), name: name.to_owned(), reason: reason.to_owned() }
     }
 
     /// A read-only tensor over the mapped bytes.

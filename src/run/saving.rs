@@ -15,7 +15,7 @@ use super::{RunError, process};
 use crate::abi::signals;
 use crate::checkpoint::state::{StateSlice, write};
 use crate::checkpoint::store::{FORMAT, file_name};
-use crate::checkpoint::{CheckpointError, Manifest, StateFile, Store};
+use crate::checkpoint::{CheckpointError, Manifest, Snapshot, StateFile, Store};
 use crate::config::{self, Config};
 use crate::dist::{Reduce, World};
 use crate::telemetry::{Board, Saved};
@@ -32,6 +32,7 @@ pub struct Saver {
     resolved: Value,
     digests: BTreeMap<String, String>,
     open: Option<Open>,
+    snapshot: Snapshot,
     /// Where the last checkpoint is told.
     board: Board,
 }
@@ -74,6 +75,7 @@ impl Saver {
             resolved: config::to_json(config),
             digests,
             open: None,
+            snapshot: Snapshot::default(),
             board: board.clone(),
         }
     }
@@ -142,7 +144,10 @@ impl Saver {
         // one rank makes the folder; what it could not do, all hear of
         let made = if world.is_first() { self.store.begin(step).map(drop) } else { Ok(()) };
         self.agree(made, trainer.state_bytes(world.mesh, self.config.save_optimizer), world)?;
-        let slices = trainer.state(world.mesh, self.config.save_optimizer);
+        let state = trainer.state(world.mesh, self.config.save_optimizer);
+        // what is written before the next step begins needs no copy, where it can be written from
+        let in_place = !self.config.background && state.iter().all(|slice| slice.values.device() == tch::Device::Cpu);
+        let slices = if in_place { state } else { self.snapshot.take(&state) };
         let bytes = slices.iter().map(StateSlice::bytes).sum();
         let path = self.store.partial(step).join(file_name(world.mesh.rank));
         let name = file_name(world.mesh.rank);
@@ -271,6 +276,7 @@ mod tests {
                 resolved: Value::Null,
                 digests: BTreeMap::new(),
                 open: Some(Open { step: 3, optimizer_steps: 3, method: Value::Null, bytes: 0, writer }),
+                snapshot: Snapshot::default(),
                 board: Board::default(),
             };
             saver.finish(&world).unwrap();

@@ -32,7 +32,7 @@ pub fn read(path: &Path, elements: &Elements, known: &[(&str, &[i64])]) -> Resul
         if !broadcasts {
             return Err(refuse(&name, format!("has the shape {shape:?}, which does not broadcast to {whole:?}")));
         }
-        let (bytes, dtype) = reader.bytes(&name)?;
+        let (bytes, dtype) = reader.whole(&name)?;
         if !matches!(dtype, Dtype::U8 | Dtype::BOOL) {
             return Err(refuse(&name, format!("is stored as {dtype:?}, expected U8 or BOOL")));
         }
@@ -47,7 +47,7 @@ pub fn read(path: &Path, elements: &Elements, known: &[(&str, &[i64])]) -> Resul
     let runs = elements.runs.iter().map(|run| {
         let mut marks = vec![false; run.own.len()];
         if let Some((name, row_stride, stride)) = strides.iter().find(|(name, ..)| *name == run.place.tensor) {
-            let (bytes, _) = reader.bytes(name)?;
+            let (bytes, _) = reader.whole(name)?;
             each(&run.place, |at, row, column| marks[at] = bytes[row * row_stride + column * stride] == 1);
         }
         Ok(marks)

@@ -16,7 +16,8 @@ use crate::kernels::moment::{self, BLOCK, Moment};
 use crate::model::sharding::{Param, Piece};
 
 impl Trainer {
-    /// This rank's share of the state, copied to the host: all ranks' together hold every element once.
+    /// This rank's share of the state, where it lies: all ranks' together hold every element once. In the order in which
+    /// [`Self::restore`] asks for it.
     ///
     /// `optimizer`: with what the optimizer remembers.
     pub fn state(&self, mesh: Mesh, optimizer: bool) -> Vec<StateSlice> {
@@ -27,21 +28,19 @@ impl Trainer {
             if !sharded && index % mesh.dp != mesh.dp_rank() {
                 continue;
             }
-            let remembered = if optimizer { self.optimizer.look(index) } else { Vec::new() };
-            for (id, range) in &bucket.params {
-                let param = &self.decoder.table.params[*id];
-                if param.class.is_replicated() && mesh.tp_rank() > 0 {
-                    continue;
-                }
-                for (place, own) in bucket.runs(param, range) {
-                    let weights = host(&self.parameters.masters[index], &own);
-                    slices.push(StateSlice {
-                        what: What::Weights,
-                        place: place.clone(),
-                        values: weights,
-                        blocks: None,
-                    });
-                    slices.extend(of_place(&remembered, &place, &own));
+            let params = bucket.params.iter().map(|(id, range)| (&self.decoder.table.params[*id], range));
+            let mine = params.filter(|(param, _)| !param.class.is_replicated() || mesh.tp_rank() == 0);
+            let runs: Vec<(Place, Range<usize>)> = mine.flat_map(|(param, range)| bucket.runs(param, range)).collect();
+            slices.extend(runs.iter().map(|(place, own)| StateSlice {
+                what: What::Weights,
+                place: place.clone(),
+                values: part(&self.parameters.masters[index], own),
+                blocks: None,
+            }));
+            if optimizer {
+                for (what, segment, moment) in self.optimizer.look(index) {
+                    let inside = runs.iter().filter(|(_, own)| within(own, &segment));
+                    slices.extend(inside.map(|(place, own)| of_place(what, &segment, &moment, place, own)));
                 }
             }
         }
@@ -60,12 +59,8 @@ impl Trainer {
                     continue; // every tensor-parallel rank holds all of it
                 }
                 let part = self.parameters.weights.get(id).narrow(0, piece.row, piece.size[0]);
-                slices.push(StateSlice {
-                    what: What::Weights,
-                    place: whole_box(piece),
-                    values: part.reshape([-1]).to_device(Device::Cpu).copy(),
-                    blocks: None,
-                });
+                let values = part.reshape([-1]);
+                slices.push(StateSlice { what: What::Weights, place: whole_box(piece), values, blocks: None });
             }
         }
         slices
@@ -99,21 +94,11 @@ impl Trainer {
         let whats = files.whats();
         let (mut wanted, mut found) = (false, false);
         for (index, bucket) in self.parameters.layout.buckets.iter().enumerate() {
-            // straight to where it belongs, if that is on the host; what lies between parameters is 0 and stays
             let master = &self.parameters.masters[index];
-            let mut weights = match master.device() {
-                Device::Cpu => master.shallow_clone(),
-                _ => Tensor::zeros([bucket.own.len() as i64], (Kind::Float, Device::Cpu)),
-            };
             for (id, range) in &bucket.params {
                 for (place, own) in bucket.runs(&self.decoder.table.params[*id], range) {
-                    let numbers = slice_mut::<f32>(&mut weights);
-                    let mut target = Target { numbers, codes: &mut [], scales: &mut [], exact: false };
-                    files.fill(What::Weights, &place, own.start, &mut target)?;
+                    restore_numbers(files, What::Weights, &place, &part(master, &own))?;
                 }
-            }
-            if master.device() != Device::Cpu {
-                self.parameters.masters[index].copy_(&weights);
             }
             if let Some(mut own) = self.parameters.rounded(index) {
                 own.copy_(&self.parameters.masters[index]);
@@ -133,13 +118,8 @@ impl Trainer {
         let mut moved = false;
         for (id, param) in self.frozen_params() {
             for piece in param.pieces.iter().filter(|piece| known.contains_key(piece.name.as_str())) {
-                let place = whole_box(piece);
-                let mut values = Tensor::zeros([place.len], (Kind::Float, Device::Cpu));
-                let numbers = slice_mut::<f32>(&mut values);
-                let mut target = Target { numbers, codes: &mut [], scales: &mut [], exact: false };
-                files.fill(What::Weights, &place, 0, &mut target)?;
-                let mut part = self.parameters.weights.get(id).narrow(0, piece.row, piece.size[0]);
-                part.copy_(&values.view(piece.size.as_slice()));
+                let part = self.parameters.weights.get(id).narrow(0, piece.row, piece.size[0]);
+                restore_numbers(files, What::Weights, &whole_box(piece), &part)?;
                 moved = true;
             }
         }
@@ -167,21 +147,32 @@ fn whole_box(piece: &Piece) -> Place {
     }
 }
 
-/// What the optimizer remembers of one place of a bucket; `own`: where it lies in this rank's part.
-fn of_place(remembered: &[(What, Range<usize>, Moment)], place: &Place, own: &Range<usize>) -> Vec<StateSlice> {
-    let segments = remembered.iter().filter(|(_, segment, _)| {
-        // a place never crosses from one segment to another
-        segment.start <= own.start && own.end <= segment.end
+/// Whether a place lies in a segment; it never crosses from one to another.
+fn within(own: &Range<usize>, segment: &Range<usize>) -> bool {
+    segment.start <= own.start && own.end <= segment.end
+}
+
+/// What a moment of a segment has of one place; `own`: where that lies in this rank's part of the bucket.
+fn of_place(what: What, segment: &Range<usize>, moment: &Moment, place: &Place, own: &Range<usize>) -> StateSlice {
+    let at = own.start - segment.start..own.end - segment.start;
+    let blocks = moment.scales.as_ref().map(|scales| {
+        let touched = at.start / BLOCK..at.end.div_ceil(BLOCK);
+        Blocks { scales: part(scales, &touched), phase: at.start % BLOCK }
     });
-    let slices = segments.map(|(what, segment, moment)| {
-        let at = own.start - segment.start..own.end - segment.start;
-        let blocks = moment.scales.as_ref().map(|scales| {
-            let touched = at.start / BLOCK..at.end.div_ceil(BLOCK);
-            Blocks { scales: host(scales, &touched), phase: at.start % BLOCK }
-        });
-        StateSlice { what: *what, place: place.clone(), values: host(&moment.values, &at), blocks }
-    });
-    slices.collect()
+    StateSlice { what, place: place.clone(), values: part(&moment.values, &at), blocks }
+}
+
+/// Fills a tensor of any kind, shape and device with the numbers of a place; needs memory of that size only where the files' f32
+/// cannot go straight in.
+fn restore_numbers(files: &StateFiles, what: What, place: &Place, tensor: &Tensor) -> Result<(), CheckpointError> {
+    let mut tensor = tensor.shallow_clone();
+    if tensor.kind() == Kind::Float && tensor.device() == Device::Cpu && tensor.is_contiguous() {
+        return files.fill(what, place, 0, &mut Target::Numbers(slice_mut::<f32>(&mut tensor)));
+    }
+    let mut numbers = Tensor::empty([place.len], (Kind::Float, Device::Cpu));
+    files.fill(what, place, 0, &mut Target::Numbers(slice_mut::<f32>(&mut numbers)))?;
+    tensor.copy_(&numbers.view(tensor.size().as_slice()));
+    Ok(())
 }
 
 /// Fills one segment's moment: exactly, codes included, where the files have cut the same blocks.
@@ -193,57 +184,48 @@ fn restore_moment(
 ) -> Result<(), CheckpointError> {
     let Remembered { what, own: segment, chosen, moment } = remembered;
     let len = segment.len();
-    let coded = moment.scales.is_some() && chosen.is_none();
-    let mut numbers = Tensor::zeros([len as i64], (Kind::Float, Device::Cpu));
-    // what lies between parameters is in no file, and is 0
-    let zero = i64::from(moment::zero(moment.codes));
-    let mut codes = Tensor::full([if coded { len as i64 } else { 0 }], zero, (Kind::Uint8, Device::Cpu));
-    let blocks = if coded { len.div_ceil(BLOCK) as i64 } else { 0 };
-    let mut scales = Tensor::zeros([blocks], (Kind::Float, Device::Cpu));
-    let mut target = Target {
-        numbers: slice_mut::<f32>(&mut numbers),
-        codes: slice_mut::<u8>(&mut codes),
-        scales: slice_mut::<f32>(&mut scales),
-        exact: coded,
+    let runs = bucket.params.iter().flat_map(|(id, range)| bucket.runs(&params[*id], range));
+    // each with its place in the segment
+    let inside: Vec<(Place, Range<usize>)> = runs
+        .filter(|(_, own)| within(own, &segment))
+        .map(|(place, own)| (place, own.start - segment.start..own.end - segment.start))
+        .collect();
+    let coded = moment.scales.is_some();
+    if chosen.is_none() && !coded {
+        return inside
+            .iter()
+            .try_for_each(|(place, at)| restore_numbers(files, what, place, &part(&moment.values, at)));
+    }
+    let same_blocks = |(place, at): &(Place, Range<usize>)| files.same_blocks(what, place, at.start);
+    if let (Some(old), None, true) = (&mut moment.scales, chosen, inside.iter().all(same_blocks)) {
+        // what lies between parameters is in no file, and is 0
+        let zero = i64::from(moment::zero(moment.codes));
+        let mut codes = Tensor::full([len as i64], zero, (Kind::Uint8, Device::Cpu));
+        let mut scales = Tensor::zeros([len.div_ceil(BLOCK) as i64], (Kind::Float, Device::Cpu));
+        let mut target = Target::Codes { codes: slice_mut::<u8>(&mut codes), scales: slice_mut::<f32>(&mut scales) };
+        inside.iter().try_for_each(|(place, at)| files.fill(what, place, at.start, &mut target))?;
+        moment.values.copy_(&codes);
+        old.copy_(&scales);
+        return Ok(());
+    }
+    let all = |what: What| {
+        let mut numbers = Tensor::zeros([len as i64], (Kind::Float, Device::Cpu));
+        let mut target = Target::Numbers(slice_mut::<f32>(&mut numbers));
+        inside.iter().try_for_each(|(place, at)| files.fill(what, place, at.start, &mut target))?;
+        let numbers = numbers.to_device(moment.values.device());
+        let chosen = chosen.map(|chosen| numbers.index_select(0, &chosen.to_kind(Kind::Int64)));
+        Ok::<_, CheckpointError>(chosen.unwrap_or(numbers))
     };
-    let runs = || bucket.params.iter().flat_map(|(id, range)| bucket.runs(&params[*id], range));
-    let inside = || runs().filter(|(_, own)| segment.start <= own.start && own.end <= segment.end);
-    for (place, own) in inside() {
-        files.fill(what, &place, own.start - segment.start, &mut target)?;
-    }
-    let mut scales_of_chosen = None;
-    if let Some(scale) = what.scale().filter(|scale| chosen.is_some() && files.whats().contains(scale)) {
-        let mut each = Tensor::zeros([len as i64], (Kind::Float, Device::Cpu));
-        let numbers = slice_mut::<f32>(&mut each);
-        let mut target = Target { numbers, codes: &mut [], scales: &mut [], exact: false };
-        for (place, own) in inside() {
-            files.fill(scale, &place, own.start - segment.start, &mut target)?;
-        }
-        scales_of_chosen = Some(each);
-    }
-    match (target.exact, &mut moment.scales) {
-        (true, Some(old)) => {
-            moment.values.copy_(&codes);
-            old.copy_(&scales);
-        }
-        _ => {
-            let of_chosen = |numbers: &Tensor| {
-                let numbers = numbers.to_device(moment.values.device());
-                let chosen = chosen.map(|chosen| numbers.index_select(0, &chosen.to_kind(Kind::Int64)));
-                chosen.unwrap_or(numbers)
-            };
-            let numbers = of_chosen(&numbers);
-            let scales = scales_of_chosen.map(|scales| of_chosen(&scales));
-            if !scales.is_some_and(|scales| moment.write_with_scales(&numbers, &scales)) {
-                moment.write(&numbers);
-            }
-        }
+    let numbers = all(what)?;
+    let scale = what.scale().filter(|scale| coded && chosen.is_some() && files.whats().contains(scale));
+    let scales = scale.map(all).transpose()?;
+    if !scales.is_some_and(|scales| moment.write_with_scales(&numbers, &scales)) {
+        moment.write(&numbers);
     }
     Ok(())
 }
 
-/// A run of a flat tensor, as a tensor of its own on the host.
-fn host(flat: &Tensor, range: &Range<usize>) -> Tensor {
-    let part = flat.narrow(0, range.start as i64, range.len() as i64);
-    if part.device() == Device::Cpu { part.copy() } else { part.to_device(Device::Cpu) }
+/// A run of a flat tensor.
+fn part(flat: &Tensor, range: &Range<usize>) -> Tensor {
+    flat.narrow(0, range.start as i64, range.len() as i64)
 }
