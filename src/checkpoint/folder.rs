@@ -1,19 +1,20 @@
-//! A Hugging Face folder's weights: every rank maps the files and copies only the slices that it needs.
+//! A Hugging Face folder's weights: every rank reads only the slices that it needs.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
 use super::CheckpointError;
+use super::stream::{Run, groups, join};
 use super::tensor_file::{Spec, kind};
-use crate::abi::storage::{map_file, map_tensor};
+use crate::abi::slices::bytes_mut;
+use crate::abi::storage::map_file;
 use crate::abi::upload::fill;
 use crate::model::Weights;
 use crate::model::sharding::{Param, Piece, Table};
@@ -27,7 +28,7 @@ pub struct Folder {
 
 struct WeightFile {
     path: PathBuf,
-    map: Arc<Mmap>,
+    file: File,
 }
 
 #[derive(Clone, Debug)]
@@ -91,22 +92,51 @@ impl Folder {
         if list.is_empty() { Ok(()) } else { Err(CheckpointError::Mismatch { folder: self.path.clone(), list }) }
     }
 
-    /// A read-only tensor over one box of a stored tensor, in its stored kind; nothing is read until it is used.
+    /// Reads one box of a stored tensor, in its stored kind.
     pub fn slice(&self, piece: &Piece) -> Result<Tensor, CheckpointError> {
         let entry = self.entries.get(&piece.name).expect("invariant: the tensor was looked up before");
         let file = &self.files[entry.file];
-        let refuse =
-            |reason: String| CheckpointError::Tensor { path: file.path.clone(), name: piece.name.clone(), reason };
-        let kind = kind(entry.dtype)
-            .ok_or_else(|| refuse(format!("is stored as {:?}, expected BF16, F16 or F32", entry.dtype)))?;
-        if !entry.offset.is_multiple_of(kind.elt_size_in_bytes()) {
-            return Err(refuse(format!("starts at byte {}, which is not a multiple of its element", entry.offset)));
+        let kind = kind(entry.dtype).ok_or_else(|| CheckpointError::Tensor {
+            path: file.path.clone(),
+            name: piece.name.clone(),
+            reason: format!("is stored as {:?}, expected BF16, F16 or F32", entry.dtype),
+        })?;
+        let width = kind.elt_size_in_bytes();
+        let mut tensor = Tensor::empty(&piece.size, (kind, Device::Cpu));
+        let bytes = bytes_mut(&mut tensor);
+        let mut runs = Vec::new();
+        let (columns, first_column, len) = match (entry.shape.as_slice(), piece.offset.as_slice()) {
+            ([_, columns], [_, first]) => (*columns, *first, piece.size[1]),
+            _ => (1, 0, 1),
+        };
+        for row in 0..piece.size.first().copied().unwrap_or(1) {
+            let from = (piece.offset.first().copied().unwrap_or(0) + row) * columns + first_column;
+            join(&mut runs, Run { from: from as usize, to: (row * len) as usize, len: len as usize });
         }
-        let mut tensor = map_tensor(&file.map, entry.offset, &entry.shape, kind);
-        for (dim, (&start, &len)) in piece.offset.iter().zip(&piece.size).enumerate() {
-            tensor = tensor.narrow(dim as i64, start, len);
+        let read = |source| CheckpointError::Read { path: file.path.clone(), source };
+        let mut buffer = Vec::new();
+        for group in groups(&runs, width) {
+            let (first, last) = (group[0].from, group[group.len() - 1]);
+            let at = (entry.offset + width * first) as u64;
+            if let [run] = group.as_slice() {
+                // straight to where it belongs
+                let target = &mut bytes[width * run.to..width * (run.to + run.len)];
+                file.file.read_exact_at(target, at).map_err(read)?;
+                continue;
+            }
+            buffer.resize(width * (last.from + last.len - first), 0);
+            file.file.read_exact_at(&mut buffer, at).map_err(read)?;
+            for Run { from, to, len } in group {
+                bytes[width * to..width * (to + len)]
+                    .copy_from_slice(&buffer[width * (from - first)..width * (from - first + len)]);
+            }
         }
         Ok(tensor)
+    }
+
+    /// File and first byte of a stored tensor; what is asked for in this order is read from front to back.
+    pub fn place(&self, name: &str) -> (usize, usize) {
+        self.entries.get(name).map_or((0, 0), |entry| (entry.file, entry.offset))
     }
 
     /// This rank's shards of the whole model in `kind`, for a model that is only asked; names and shapes were checked before.
@@ -130,7 +160,7 @@ impl Folder {
         Ok(Weights::new(tensors?))
     }
 
-    /// A whole stored tensor, in its stored kind; nothing is read until it is used.
+    /// Reads a whole stored tensor, in its stored kind.
     ///
     /// # Errors
     /// A tensor that is not there or has another shape.
@@ -172,7 +202,7 @@ impl Folder {
         Some((&entry.shape, &self.files[entry.file].path))
     }
 
-    /// A read-only tensor over a whole stored tensor that is there (see [`Self::find`]), in its stored kind.
+    /// Reads a whole stored tensor that is there (see [`Self::find`]), in its stored kind.
     pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
         let shape = self.entries.get(name).map(|entry| entry.shape.clone()).unwrap_or_default();
         self.slice(&Piece { name: name.to_owned(), offset: vec![0; shape.len()], size: shape.clone(), shape, row: 0 })
@@ -213,7 +243,7 @@ impl Folder {
         let read = |source| CheckpointError::Read { path: path.to_owned(), source };
         let malformed = |reason: String| CheckpointError::Malformed { path: path.to_owned(), reason };
         let file = File::open(path).map_err(read)?;
-        let map = Arc::new(map_file(&file).map_err(read)?);
+        let map = map_file(&file).map_err(read)?;
         let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|error| malformed(format!("is not a safetensors file: {error}")))?;
         let data = header_bytes + 8;
@@ -235,7 +265,7 @@ impl Folder {
                 return Err(malformed(format!("holds tensor {name}, which {first} holds too")));
             }
         }
-        self.files.push(WeightFile { path: path.to_owned(), map });
+        self.files.push(WeightFile { path: path.to_owned(), file });
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! A copy of a rank's state that a thread writes while training goes on.
 
+use std::thread::JoinHandle;
+
 use tch::{Device, Kind, Tensor};
 
 use super::state::{Blocks, StateSlice};
@@ -13,27 +15,40 @@ const ALIGN: usize = 64;
 pub struct Snapshot {
     /// `[bytes]` u8.
     memory: Option<Tensor>,
+    /// That memory while a thread touches it for the first time.
+    coming: Option<JoinHandle<Tensor>>,
 }
 
 impl Snapshot {
+    /// Has a thread make room for copies of `state`, so that the first save need not wait for the system to find the memory.
+    pub fn prepare(&mut self, state: &[StateSlice]) {
+        if self.memory.is_none() && self.coming.is_none() {
+            let all = needed(state);
+            self.coming = Some(std::thread::spawn(move || {
+                let mut memory = room(all);
+                // a number in each page is enough
+                slices::bytes_mut(&mut memory).iter_mut().step_by(4096).for_each(|byte| *byte = 0);
+                memory
+            }));
+        }
+    }
+
     /// Copies slices of any device. The copies share this memory: the last ones must be done with.
     pub fn take(&mut self, state: &[StateSlice]) -> Vec<StateSlice> {
-        let size = |tensor: &Tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()).next_multiple_of(ALIGN);
-        let scales = |slice: &StateSlice| slice.blocks.as_ref().map_or(0, |blocks| size(&blocks.scales));
-        let all = state.iter().map(|slice| size(&slice.values) + scales(slice)).sum::<usize>();
+        if let Some(coming) = self.coming.take() {
+            self.memory = Some(coming.join().expect("invariant: touching memory does not panic"));
+        }
+        let all = needed(state);
         if self.memory.as_ref().is_none_or(|memory| memory.numel() < all) {
             self.memory = None;
-            let mut memory = Tensor::empty([all as i64], (Kind::Uint8, Device::Cpu));
-            host::prefer_large_pages(slices::bytes_mut(&mut memory));
-            self.memory = Some(memory);
         }
-        let memory = self.memory.as_ref().expect("invariant: just made");
+        let memory = self.memory.get_or_insert_with(|| room(all));
         let mut at = 0;
         let mut copy = |tensor: &Tensor| {
-            let len = (tensor.numel() * tensor.kind().elt_size_in_bytes()) as i64;
+            let len = size(tensor) as i64;
             let mut copy = memory.narrow(0, at, len).view_dtype(tensor.kind());
             copy.copy_(tensor);
-            at += size(tensor) as i64;
+            at += size(tensor).next_multiple_of(ALIGN) as i64;
             copy
         };
         let slices = state.iter().map(|slice| StateSlice {
@@ -44,6 +59,23 @@ impl Snapshot {
         });
         slices.collect()
     }
+}
+
+fn size(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
+}
+
+/// Bytes of the copies.
+fn needed(state: &[StateSlice]) -> usize {
+    let aligned = |tensor: &Tensor| size(tensor).next_multiple_of(ALIGN);
+    let scales = |slice: &StateSlice| slice.blocks.as_ref().map_or(0, |blocks| aligned(&blocks.scales));
+    state.iter().map(|slice| aligned(&slice.values) + scales(slice)).sum()
+}
+
+fn room(bytes: usize) -> Tensor {
+    let mut memory = Tensor::empty([bytes as i64], (Kind::Uint8, Device::Cpu));
+    host::prefer_large_pages(slices::bytes_mut(&mut memory));
+    memory
 }
 
 #[cfg(test)]
@@ -70,6 +102,7 @@ mod tests {
         ];
         let seen: Vec<Tensor> = state.iter().map(|slice| slice.values.copy()).collect();
         let mut snapshot = Snapshot::default();
+        snapshot.prepare(&state);
         let copies = snapshot.take(&state);
         for slice in &state {
             let _ = slice.values.shallow_clone().zero_();

@@ -128,7 +128,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");
         std::fs::write(&path, b"head").unwrap();
-        let all: Vec<u8> = (0..20 * PIECE as u32 + 77).map(|i| (i * 7 >> 3) as u8).collect();
+        let all: Vec<u8> = (0..20 * PIECE as u32 + 77).map(|i| ((i * 7) >> 3) as u8).collect();
         let mut stream = Stream::new(File::options().write(true).open(&path).unwrap(), 4);
         let mut rest = &all[..];
         for len in [1, 3, PIECE - 4, 0, 1, PIECE, PIECE + 1, 5, 9 * PIECE, 100_000].into_iter().chain([usize::MAX]) {

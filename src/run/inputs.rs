@@ -9,11 +9,11 @@ use crate::checkpoint::{CheckpointError, Folder};
 use crate::config::{Config, Init, Precision, Retain, Template, TemplateName};
 use crate::data::{Dataset, Encoder, Refusals, Wanted, overlap};
 use crate::dist::World;
-use crate::model::sharding::Table;
+use crate::model::sharding::{ParamId, Piece, Table};
 use crate::model::{Architecture, Decoder, LogitsPool, families, init};
 use crate::scope;
 use crate::telemetry::{Clock, Console};
-use crate::train::{Layout, Parameters};
+use crate::train::{Layout, Parameters, Source};
 use crate::unlearn;
 
 /// Model and data as they were read; the same on all ranks.
@@ -94,7 +94,7 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// Loads this rank's shards and lets go of the files: a mapped file counts as memory. All ranks call it.
+    /// Loads this rank's shards and lets go of the files. All ranks call it.
     pub fn load(
         &mut self,
         config: &Config,
@@ -132,15 +132,16 @@ impl Inputs {
         let kind = computing_kind(config);
         let pieces: usize = table.params.iter().map(|param| param.pieces.len()).sum();
         let mut bar = console.progress("model", pieces as u64, "slices");
-        let (seed, std) = (config.run.seed, self.arch.initializer_range);
-        let parameters = Parameters::new(&table, layout, kind, device, |id, piece| {
-            bar.advance(1, "");
-            match &self.weights {
-                _ if id >= whole.own => Ok(init::adapter(piece, seed)),
-                Some(folder) => folder.slice(piece),
-                None => Ok(init::initial(&whole.params[id], piece, seed, std)),
-            }
-        })?;
+        let source = Stored {
+            folder: self.weights.as_ref(),
+            own: whole.own,
+            fresh: |id: usize, piece: &Piece| match id < whole.own {
+                true => init::initial(&whole.params[id], piece, config.run.seed, self.arch.initializer_range),
+                false => init::adapter(piece, config.run.seed),
+            },
+            advance: || bar.advance(1, ""),
+        };
+        let parameters = Parameters::new(&table, layout, kind, device, source)?;
         drop(bar);
         let identity = model_digest(&self.arch, self.weights.as_ref(), config.run.seed, world)?;
         self.weights = None;
@@ -366,4 +367,29 @@ pub fn model_digest(
     };
     lines.sort();
     Ok(blake3::hash(lines.join("\n").as_bytes()).to_hex().to_string())
+}
+
+/// Values from a folder, where there is one and it knows the parameter, else fresh ones.
+struct Stored<'a, F, A> {
+    folder: Option<&'a Folder>,
+    /// Number of the model's own parameters; adapters follow.
+    own: usize,
+    fresh: F,
+    advance: A,
+}
+
+impl<F: Fn(ParamId, &Piece) -> Tensor, A: FnMut()> Source for Stored<'_, F, A> {
+    type Error = CheckpointError;
+
+    fn read(&mut self, id: ParamId, piece: &Piece) -> Result<Tensor, CheckpointError> {
+        (self.advance)();
+        match self.folder.filter(|_| id < self.own) {
+            Some(folder) => folder.slice(piece),
+            None => Ok((self.fresh)(id, piece)),
+        }
+    }
+
+    fn place(&self, id: ParamId, piece: &Piece) -> (usize, usize) {
+        self.folder.filter(|_| id < self.own).map_or((0, 0), |folder| folder.place(&piece.name))
+    }
 }

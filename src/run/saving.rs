@@ -55,6 +55,8 @@ pub struct Wish {
     pub stop: bool,
     /// The files of an open save are on disk everywhere.
     written: bool,
+    /// Another save will be due.
+    more: bool,
 }
 
 /// What a run does after a step.
@@ -94,7 +96,13 @@ impl Saver {
         let [stop, save, writing] = [0, 1, 2].map(|i| flags[i] > 0.0);
         // what is done anyway at the end needs no checkpoint
         let before_the_end = step < steps;
-        Wish { save: save && before_the_end, stop: stop && before_the_end, written: self.open.is_some() && !writing }
+        let more = self.config.every > 0 && (step + 1).next_multiple_of(self.config.every) < steps;
+        Wish {
+            save: save && before_the_end,
+            stop: stop && before_the_end,
+            written: self.open.is_some() && !writing,
+            more,
+        }
     }
 
     /// Does what was asked for after step `step`, whose numbers are known. All ranks call it.
@@ -105,6 +113,9 @@ impl Saver {
         if self.open.is_some() && (wish.written || wish.save || wish.stop) {
             // a slow disk delays the next save, it loses none
             self.commit(world)?;
+        }
+        if wish.more && self.config.background {
+            self.snapshot.prepare(&trainer.state(world.mesh, self.config.save_optimizer));
         }
         if wish.save || wish.stop {
             trainer.check_weights(step, world)?;

@@ -381,9 +381,11 @@ impl<'a> Identifier<'a> {
         let (layout, own) = (layout_of(&table, config, world), table.own);
         let base = &self.trainer.parameters.weights;
         let parameters =
-            Parameters::over(base, &table, layout, computing_kind(config), device, |id, piece| match id < own {
-                true => self.start(id, piece),
-                false => Ok(init::adapter(piece, config.run.seed)),
+            Parameters::over(base, &table, layout, computing_kind(config), device, |id, piece: &Piece| {
+                match id < own {
+                    true => self.start(id, piece),
+                    false => Ok(init::adapter(piece, config.run.seed)),
+                }
             })?;
         let partial = scope::is_partial(&table, names);
         let trainer = &mut self.trainer;

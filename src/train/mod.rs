@@ -25,7 +25,7 @@ pub use layout::{Bucket, Layout, Segment};
 pub use method::{Cut, Dual, Forget, Method, OnRows, Reference, ReferenceNeeds, Retain, Steering};
 pub use objective::{Objective, Term, Tokens, Totals, join_pairs, split_pairs};
 pub use optimizer::{Optimizer, Update};
-pub use parameters::Parameters;
+pub use parameters::{Parameters, Source};
 pub use schedule::Schedule;
 pub use selection::Selection;
 pub use step::{Launched, Losses, NonFinite, StepReport, Trainer, TrainerOptions};

@@ -10,6 +10,27 @@ use crate::dist::Group;
 use crate::model::Weights;
 use crate::model::sharding::{ParamId, Piece, Table};
 
+/// Where the values of parameters come from.
+pub trait Source {
+    type Error;
+
+    /// One piece, in any kind.
+    fn read(&mut self, id: ParamId, piece: &Piece) -> Result<Tensor, Self::Error>;
+
+    /// Pieces are read in ascending order of this: where they lie, for what is read from files.
+    fn place(&self, _id: ParamId, _piece: &Piece) -> (usize, usize) {
+        (0, 0)
+    }
+}
+
+impl<E, F: FnMut(ParamId, &Piece) -> Result<Tensor, E>> Source for F {
+    type Error = E;
+
+    fn read(&mut self, id: ParamId, piece: &Piece) -> Result<Tensor, E> {
+        self(id, piece)
+    }
+}
+
 /// Flat weights and their masters.
 ///
 /// When the model computes in f32 the masters are views of the flat weights and cost nothing.
@@ -29,47 +50,87 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Allocates, and fills every piece of every parameter from `source` (any kind, converted on the way).
+    /// Allocates, and fills every piece of every parameter from `source`. Needs the memory of one piece besides.
     ///
     /// # Errors
     /// The first error of `source`.
-    pub fn new<E>(
+    pub fn new<S: Source>(
         table: &Table,
         layout: Layout,
         kind: Kind,
         device: Device,
-        mut source: impl FnMut(ParamId, &Piece) -> Result<Tensor, E>,
-    ) -> Result<Self, E> {
-        let (flat, masters) = buckets(table, &layout, kind, device, &mut source)?;
-        let mut frozen = Vec::new();
-        for (id, param) in table.params.iter().enumerate().filter(|(id, _)| layout.places[*id].is_none()) {
-            let target = Tensor::empty(&param.shape, (kind, device));
-            for piece in &param.pieces {
-                fill(&target.narrow(0, piece.row, piece.size[0]), &source(id, piece)?);
-            }
-            frozen.push(target);
-        }
-        let weights = Weights::new(views(table, &layout, &flat, &frozen));
-        Ok(Self { layout, weights, flat, masters, frozen, frozen_moved: false, selection: None })
+        source: S,
+    ) -> Result<Self, S::Error> {
+        let still = table.params.iter().zip(&layout.places).filter(|(_, place)| place.is_none());
+        let frozen = still.map(|(param, _)| Tensor::empty(&param.shape, (kind, device))).collect();
+        let parameters = Self::allocate(table, layout, kind, device, frozen);
+        parameters.fill(table, 0..table.params.len(), source)?;
+        Ok(parameters)
     }
 
     /// As [`Self::new`] on top of `base`, whose tensors stand for what is not trained; `source` is asked for the rest alone.
     ///
     /// # Errors
     /// The first error of `source`.
-    pub fn over<E>(
+    pub fn over<S: Source>(
         base: &Weights,
         table: &Table,
         layout: Layout,
         kind: Kind,
         device: Device,
-        mut source: impl FnMut(ParamId, &Piece) -> Result<Tensor, E>,
-    ) -> Result<Self, E> {
-        let (flat, masters) = buckets(table, &layout, kind, device, &mut source)?;
-        let still = (0..table.params.len()).filter(|&id| layout.places[id].is_none());
-        let frozen: Vec<Tensor> = still.map(|id| base.get(id).shallow_clone()).collect();
+        source: S,
+    ) -> Result<Self, S::Error> {
+        let (trained, still): (Vec<_>, Vec<_>) = (0..table.params.len()).partition(|&id| layout.places[id].is_some());
+        let frozen = still.into_iter().map(|id| base.get(id).shallow_clone()).collect();
+        let parameters = Self::allocate(table, layout, kind, device, frozen);
+        parameters.fill(table, trained, source)?;
+        Ok(parameters)
+    }
+
+    /// `frozen`: a tensor for each parameter that is not trained. What is trained is 0.
+    fn allocate(table: &Table, layout: Layout, kind: Kind, device: Device, frozen: Vec<Tensor>) -> Self {
+        let (mut flat, mut masters) = (Vec::new(), Vec::new());
+        for bucket in &layout.buckets {
+            let all = Tensor::zeros([bucket.len as i64], (kind, device));
+            let own = (bucket.own.start as i64, bucket.own.len() as i64);
+            masters.push(match kind {
+                Kind::Float => all.narrow(0, own.0, own.1),
+                _ => Tensor::zeros([own.1], (Kind::Float, device)),
+            });
+            flat.push(all);
+        }
         let weights = Weights::new(views(table, &layout, &flat, &frozen));
-        Ok(Self { layout, weights, flat, masters, frozen, frozen_moved: false, selection: None })
+        Self { layout, weights, flat, masters, frozen, frozen_moved: false, selection: None }
+    }
+
+    /// Fills the values of some parameters and the masters that this rank owns of them.
+    fn fill<S: Source>(
+        &self,
+        table: &Table,
+        ids: impl IntoIterator<Item = ParamId>,
+        mut source: S,
+    ) -> Result<(), S::Error> {
+        let pieces = |id: ParamId| table.params[id].pieces.iter().map(move |piece| (id, piece));
+        let mut all: Vec<(ParamId, &Piece)> = ids.into_iter().flat_map(pieces).collect();
+        all.sort_by_key(|(id, piece)| source.place(*id, piece));
+        for (id, piece) in all {
+            let values = source.read(id, piece)?;
+            fill(&self.weights.get(id).narrow(0, piece.row, piece.size[0]), &values);
+            let Some((bucket, start)) = self.layout.places[id] else { continue };
+            let master = &self.masters[bucket];
+            if self.rounded(bucket).is_none() {
+                continue; // the same memory
+            }
+            let columns = table.params[id].shape.get(1).copied().unwrap_or(1);
+            let first = start + (piece.row * columns) as usize;
+            let own = self.layout.buckets[bucket].owned(&(first..first + values.numel()));
+            if !own.is_empty() {
+                let skipped = self.layout.buckets[bucket].own.start + own.start - first;
+                let part = values.reshape([-1]).narrow(0, skipped as i64, own.len() as i64);
+                fill(&master.narrow(0, own.start as i64, own.len() as i64), &part);
+            }
+        }
+        Ok(())
     }
 
     /// Gives a parameter that is not trained other values, piece by piece.
@@ -133,37 +194,6 @@ impl Parameters {
         let shared = self.flat.first().is_some_and(|flat| flat.kind() == Kind::Float);
         (weights, if shared { 0 } else { self.masters.iter().map(size).sum() })
     }
-}
-
-/// Flat weights and masters of what is trained.
-fn buckets<E>(
-    table: &Table,
-    layout: &Layout,
-    kind: Kind,
-    device: Device,
-    source: &mut impl FnMut(ParamId, &Piece) -> Result<Tensor, E>,
-) -> Result<(Vec<Tensor>, Vec<Tensor>), E> {
-    let mut flat = Vec::new();
-    let mut masters = Vec::new();
-    for bucket in &layout.buckets {
-        let wide = Tensor::zeros([bucket.len as i64], (Kind::Float, device));
-        for (id, range) in &bucket.params {
-            let param = &table.params[*id];
-            let target = wide.narrow(0, range.start as i64, range.len() as i64).view(param.shape.as_slice());
-            for piece in &param.pieces {
-                fill(&target.narrow(0, piece.row, piece.size[0]), &source(*id, piece)?);
-            }
-        }
-        let own = wide.narrow(0, bucket.own.start as i64, bucket.own.len() as i64);
-        if kind == Kind::Float {
-            masters.push(own);
-            flat.push(wide);
-        } else {
-            masters.push(own.copy());
-            flat.push(wide.to_kind(kind));
-        }
-    }
-    Ok((flat, masters))
 }
 
 /// One tensor for each parameter of the table: a view into `flat` (one buffer a bucket), or the next of `frozen`.
