@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::program::{self, Workshop, dunlearn, mpirun};
+use crate::program::{self, SHAPE, Workshop, dunlearn, mpirun};
 
 const RUN: &str = r#"
 [run]
@@ -31,21 +31,6 @@ keep_last = 0
 [eval]
 every = 4
 "#;
-
-const SHAPE: &[&str] = &[
-    "--authors",
-    "5",
-    "--questions",
-    "4",
-    "--vocab",
-    "400",
-    "--hidden",
-    "32",
-    "--layers",
-    "2",
-    "--intermediate",
-    "64",
-];
 
 fn bytes(workshop: &Workshop, run: &str) -> Vec<u8> {
     std::fs::read(workshop.path(run).join("model/model.safetensors")).unwrap()
@@ -406,7 +391,12 @@ fn export_killed(workshop: &Workshop, run: &str, share: f64, which: u64) -> bool
     assert!(whole.success, "{}", whole.text);
     let arguments = ["export", folder.as_str(), "--out", killed.to_str().unwrap()];
     let mut child = program::mpirun_command(2, &arguments).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
-    std::thread::sleep(Duration::from_secs_f64(0.1 + share * whole.seconds));
+    // as soon as its folder is open, or some milliseconds later
+    let open = killed.with_extension("partial");
+    while !open.exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    std::thread::sleep(Duration::from_secs_f64(0.01 * share));
     kill_one(killed.to_str().unwrap(), which);
     child.wait().unwrap();
     let hit = !killed.exists();
