@@ -249,6 +249,14 @@ pub struct Mia {
     /// Share of the least likely tokens that Min-k% and Min-k%++ look at.
     #[serde(default = "two_fifths")]
     pub k: f64,
+    /// Attack by the norm of the loss's gradient too (`mia.gradnorm_auc`). A forward and a backward pass a text, one text at a time: many
+    /// times the cost of the other attacks together.
+    #[serde(default)]
+    pub gradnorm: bool,
+    /// Attack by ReCaLL too (arXiv 2406.15968, `mia.recall_auc`): the first so many holdout texts stand before each text, as many as fit
+    /// into `data.max_length`, and are not attacked themselves. One more pass over longer texts; 0 means not. Unit: texts.
+    #[serde(default)]
+    pub recall: usize,
 }
 
 /// Attempts to bring back what was forgotten, each on the model that was unlearned and, where they are given, on `eval.original` and

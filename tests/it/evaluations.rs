@@ -49,6 +49,8 @@ limit = 9
 source = { path = "{data}/texts.json", kind = "text" }
 [eval.mia]
 holdout = { path = "{data}/holdout.jsonl", kind = "qa" }
+gradnorm = true
+recall = 2
 [eval.muse]
 verbmem = "{data}/verbmem.jsonl"
 knowmem_retain = "{data}/retain.jsonl"
@@ -105,7 +107,8 @@ fn every_metric_is_the_same_on_every_layout() {
     let one = evaluate(1, "one", &[]);
     let suites = ["tofu.model_utility", "tofu.log10_forget_quality", "choice.accuracy", "perplexity.per_token"];
     let more = ["mia.min_k_plus_plus_auc", "mia.priv_leak", "muse_verbmem.rouge_l_f1", "forget.extraction_strength"];
-    for name in suites.iter().chain(&more) {
+    let passes = ["mia.gradnorm_auc", "mia.recall_auc", "mia.gradnorm_priv_leak"];
+    for name in suites.iter().chain(&more).chain(&passes) {
         assert!(one.metrics.contains_key(*name), "{name} is missing: {:?}", one.warnings);
     }
     for (ranks, tp) in [(2, 2), (2, 1), (4, 2)] {
@@ -165,7 +168,9 @@ fn items_give_the_aggregates_again() {
         if parts.contains(&0.0) { 0.0 } else { 9.0 / parts.iter().map(|x| 1.0 / x).sum::<f64>() },
     );
     let (members, others) = (items_of(&one, "mia_forget"), items_of(&one, "mia_holdout"));
-    for attack in ["loss", "zlib", "min_k", "min_k_plus_plus"] {
+    // the two texts before the others are not attacked
+    assert_eq!(numbers(others, "recall").len() + 2, others.len());
+    for attack in ["loss", "zlib", "min_k", "min_k_plus_plus", "gradnorm", "recall"] {
         let (members, others) = (numbers(members, attack), numbers(others, attack));
         let beats = |a: f64, b: f64| f64::from(u8::from(a > b)) + 0.5 * f64::from(u8::from(a == b));
         let won: f64 = others.iter().flat_map(|a| members.iter().map(move |b| beats(*a, *b))).sum();
@@ -295,6 +300,7 @@ fn wrong_data_is_refused_with_its_place() {
         &[format!("eval.mia.holdout.path={}", workshop.path("data/forget.jsonl").display())],
         "are forget texts too",
     );
+    refused(&["eval.mia.recall=1000".to_owned()], "eval.mia.recall: is 1000, and eval.mia.holdout has");
     refused(&["eval.choice.shots=2".to_owned()], "eval.choice.examples: missing; shots = 2 needs examples");
     refused(&[r#"eval.suites=["wmdp"]"#.to_owned()], "eval.suites: lists \"wmdp\", which has no table");
 }
