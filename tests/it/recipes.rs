@@ -76,6 +76,29 @@ fn every_recipe_takes_a_step() {
     }
 }
 
+/// The attacks on the quickstart's model, with fewer steps, on the model of the workshop.
+#[test]
+fn the_quickstarts_attacks_run() {
+    let workshop = Workshop::new(MODEL);
+    let text = read("configs/quickstart_attack.toml");
+    let text = text.replace("runs/quickstart_base/model", "{data}/model").replace("runs/quickstart_data", "{data}");
+    let config = workshop.config("attack.toml", &text.replace("\"runs/quickstart\"", "\"{runs}/attacked\""));
+    let model = workshop.path("data/model");
+    let fewer = ["relearn", "benign"].map(|name| format!("eval.attack.{name}.training.steps=2"));
+    let mut arguments = vec!["attack", "--config", &config, "--model", model.to_str().unwrap()];
+    fewer.iter().for_each(|item| arguments.extend(["--set", item]));
+    arguments.extend(["--set", "eval.max_samples=4"]);
+    let done = mpirun(2, &arguments);
+    assert!(done.success, "{}", done.text);
+    let results = std::fs::read_to_string(workshop.path("attacked/eval/attack.json")).unwrap();
+    let results: Value = serde_json::from_str(&results).unwrap();
+    let metrics = results["metrics"].as_object().unwrap();
+    for attack in ["int8", "int4", "nf4", "in_context", "krs", "latent", "relearn", "benign"] {
+        let start = format!("attack.{attack}.");
+        assert!(metrics.keys().any(|name| name.starts_with(&start)), "{attack}: {:?}", metrics.keys());
+    }
+}
+
 /// Every value of a recipe says where it is from, and every objective has a recipe.
 #[test]
 fn recipes_are_complete_and_sourced() {
