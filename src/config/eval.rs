@@ -175,6 +175,10 @@ pub struct Tofu {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Muse {
+    /// Folder of the published data set (MUSE-News or MUSE-Books): gives what is not named below, and `privleak` for `[eval.mia]` where that
+    /// has no `holdout`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
     /// Passages as `{prompt, gt}`: the true continuation of each.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verbmem: Option<PathBuf>,
@@ -241,11 +245,12 @@ pub struct Perplexity {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mia {
-    /// Texts that were to be forgotten. Default: `data.forget`.
+    /// Texts that were to be forgotten. Default: `data.forget`, or without `holdout` the split `forget` of MUSE's `privleak`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forget: Option<Source>,
-    /// Texts like them that no model has seen. Required.
-    pub holdout: Source,
+    /// Texts like them that no model has seen. Default: the split `holdout` of MUSE's `privleak` in `eval.muse.path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holdout: Option<Source>,
     /// Share of the least likely tokens that Min-k% and Min-k%++ look at.
     #[serde(default = "two_fifths")]
     pub k: f64,

@@ -85,13 +85,24 @@ fn behind(text: &Text, before: &[&[i32]], begins: impl Fn(i32) -> bool, max_leng
 impl MiaSuite {
     pub(super) fn read(config: &Config, reading: Reading) -> Result<Self, EvalError> {
         let table = super::given(&config.eval.mia);
-        let (key, forget) = match (&table.forget, &config.data.forget) {
-            (Some(source), _) => ("eval.mia.forget", source),
-            (None, Some(source)) => ("data.forget", source),
+        let muse = config.eval.muse.as_ref().and_then(|muse| muse.path.as_ref());
+        let published = match (&table.holdout, muse) {
+            (None, Some(folder)) => Some(super::muse::privleak(folder)?),
+            _ => None,
+        };
+        let forget = match (&table.forget, &published, &config.data.forget) {
+            (Some(source), _, _) => ("eval.mia.forget", source),
+            (None, Some([forget, _]), _) => ("eval.muse.path", forget),
+            (None, None, Some(source)) => ("data.forget", source),
+            (None, None, None) => unreachable!("invariant: the configuration was validated"),
+        };
+        let holdout = match (&table.holdout, &published) {
+            (Some(source), _) => ("eval.mia.holdout", source),
+            (None, Some([_, holdout])) => ("eval.muse.path", holdout),
             (None, None) => unreachable!("invariant: the configuration was validated"),
         };
-        let load = |key, source| Dataset::load(key, source, reading.encoder, reading.max_length);
-        let (forget, holdout) = (load(key, forget)?, load("eval.mia.holdout", &table.holdout)?);
+        let load = |(key, source)| Dataset::load(key, source, reading.encoder, reading.max_length);
+        let (forget, holdout) = (load(forget)?, load(holdout)?);
         let both = crate::data::overlap(&forget, &holdout);
         if let Some((member, other)) = both.first() {
             return Err(EvalError::Refused(format!(
