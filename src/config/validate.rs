@@ -626,7 +626,10 @@ lr = 1e-5
         refused(&["data.max_length=1"], "data.max_length: is 1");
         refused(&["data.forget.limit=0"], "data.forget.limit: is 0");
         refused(&["eval.mia={holdout={path='h', kind='qa'}, k=0}"], "eval.mia.k: is 0");
-        refused(&["eval.mia={k=0.3}"], "eval.mia.holdout: missing; write texts that no model has seen, or eval.muse.path");
+        refused(
+            &["eval.mia={k=0.3}"],
+            "eval.mia.holdout: missing; write texts that no model has seen, or eval.muse.path",
+        );
         refused(&["eval.muse={limit=3}"], "eval.muse: names no set; write path");
         refused(&["eval.tofu={path='t', forget='retain90'}"], "eval.tofu.forget: is \"retain90\"");
         refused(&["eval.perplexity={source={path='t', kind='qa'}}"], "eval.perplexity.source.kind: is \"qa\"");

@@ -235,7 +235,8 @@ fn muse_reads_the_published_folder() {
     let file = results("muse");
     let published = Evaluation::read(&file).unwrap().with_all_items(&file).unwrap();
     assert_eq!(published.items["mia_holdout"].len(), text("holdout").lines().count());
-    let named = |key: &str, name: &str| format!("eval.muse.{key}={}", workshop.path(&format!("data/{name}.jsonl")).display());
+    let named =
+        |key: &str, name: &str| format!("eval.muse.{key}={}", workshop.path(&format!("data/{name}.jsonl")).display());
     let names = [
         named("verbmem", "verbmem"),
         named("knowmem_forget", "forget"),

@@ -53,7 +53,9 @@ impl Behind {
         let begins = |token| reading.encoder.begins_text(token);
         let of = |samples: &Samples, skip: usize| {
             let texts = samples.texts.iter().enumerate();
-            texts.map(|(at, text)| if at < skip { None } else { behind(text, &before, begins, reading.max_length) }).collect()
+            texts
+                .map(|(at, text)| if at < skip { None } else { behind(text, &before, begins, reading.max_length) })
+                .collect()
         };
         Ok(Self { shots, texts: [of(&sets[0], 0), of(&sets[1], shots)] })
     }
@@ -62,16 +64,10 @@ impl Behind {
 /// A text with as many of `before` in front of it as `max_length` tokens have room for; None where that is not one. All of them together
 /// have one begin-of-text token.
 fn behind(text: &Text, before: &[&[i32]], begins: impl Fn(i32) -> bool, max_length: usize) -> Option<Text> {
-    let halves = |tokens| {
-        let (head, rest): (&[i32], &[i32]) = match tokens {
-            [first, ..] if begins(*first) => tokens.split_at(1),
-            _ => (&[], tokens),
-        };
-        (head, rest)
-    };
-    let (head, own) = halves(text.tokens.as_slice());
+    let bos = |tokens: &[i32]| usize::from(tokens.first().is_some_and(|&token| begins(token)));
+    let (head, own) = text.tokens.split_at(bos(&text.tokens));
     let mut tokens = head.to_vec();
-    for shot in before.iter().map(|shot| halves(shot).1) {
+    for shot in before.iter().map(|shot| &shot[bos(shot)..]) {
         if tokens.len() + shot.len() + own.len() <= max_length {
             tokens.extend(shot);
         }

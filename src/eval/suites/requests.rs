@@ -100,8 +100,7 @@ impl<'a> Requests<'a> {
             return HashMap::new();
         }
         let started = Instant::now();
-        let mut bar =
-            console.progress("gradients", self.gradients.len().div_ceil(model.world.mesh.dp) as u64, "texts");
+        let mut bar = console.progress("gradients", self.gradients.len().div_ceil(model.world.mesh.dp) as u64, "texts");
         let norms = gradient_norms(model, &self.gradients, |n| bar.advance(n as u64, ""));
         seconds.insert("gradients".to_owned(), started.elapsed().as_secs_f64());
         self.gradients.iter().copied().zip(norms).collect()
