@@ -244,7 +244,7 @@ fn muse_reads_the_published_folder() {
         named("knowmem_retain", "retain"),
         named("knowmem_retain_icl", "holdout"),
     ];
-    let names: Vec<&str> = names.iter().map(String::as_str).chain([r#"eval.suites=["muse"]"#]).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).chain([r#"eval.suites=["muse", "mia"]"#]).collect();
     let by_name = evaluate(1, "muse_names", &names);
     for set in ["muse_verbmem", "muse_knowmem_forget", "muse_knowmem_retain"] {
         assert_eq!(published.items[set], by_name.items[set], "{set}");
