@@ -1,6 +1,5 @@
 //! The verb `weights`: arithmetic on models and task matrices on disk.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -292,23 +291,24 @@ fn tell(found: &Calibrated, out: Option<&Path>) {
 /// Several runs: how much of the model before each needed, and every set's number before, after and calibrated.
 fn side_by_side(all: &[CalibratedRun]) -> String {
     let Some(CalibratedRun { found: first, .. }) = all.first() else { return String::new() };
-    let is_wanted = |name: &&str| name.ends_with(&format!(".{}", first.metric));
-    let names: BTreeSet<&str> =
-        all.iter().flat_map(|one| one.found.found().metrics.keys().map(String::as_str)).filter(is_wanted).collect();
-    let titles: Vec<String> =
-        names.iter().flat_map(|name| ["before", "after", "calibrated"].map(|when| format!("{name} {when}"))).collect();
-    let head: Vec<&str> = ["run", "share"].into_iter().chain(titles.iter().map(String::as_str)).collect();
-    let row = |CalibratedRun { run, found }: &CalibratedRun| {
+    let rows = all.iter().flat_map(|CalibratedRun { run, found }| {
         let at = |share: f64| found.tried.iter().find(|mixture| mixture.share == share);
         let mixtures = [at(1.0), at(0.0), Some(found.found())];
-        let numbers = names.iter().flat_map(|name| {
-            mixtures.map(|mixture| mixture.map_or_else(|| "-".to_owned(), |mixture| value(mixture, name)))
-        });
-        [run.display().to_string(), format!("{:.4}", found.share)].into_iter().chain(numbers).collect()
-    };
-    let mut text = table(&head, &all.iter().map(row).collect::<Vec<Vec<String>>>());
+        let ending = format!(".{}", first.metric);
+        let sets =
+            found.found().metrics.keys().filter_map(move |name| Some((name, name.strip_suffix(&ending)?.to_owned())));
+        sets.map(move |(name, set)| {
+            let numbers =
+                mixtures.map(|mixture| mixture.map_or_else(|| "-".to_owned(), |mixture| value(mixture, name)));
+            [run.display().to_string(), format!("{:.4}", found.share), set].into_iter().chain(numbers).collect()
+        })
+    });
+    let rows: Vec<Vec<String>> = rows.collect();
+    let mut text = table(&["run", "share", "set", "before", "after", "calibrated"], &rows);
     let Calibrated { set, metric, before, bar, .. } = first;
-    text += &format!("calibrated: the least share of the model before with {set} {metric} of at least {bar:.4}\n");
+    text += &format!(
+        "{metric}; calibrated: with the least share of the model before that brings {set} to at least {bar:.4}\n"
+    );
     for CalibratedRun { run, found } in all {
         if (found.before - before).abs() > 1e-6 {
             text += &format!(

@@ -334,7 +334,7 @@ fn calibration_finds_the_least_mixture() {
     let both = ["weights", "calibrate", &strong, &weak, "--metric", "extraction_strength", "--evaluations", "4"];
     let told = dunlearn(&both);
     good(&told);
-    assert!(told.text.contains("forget.extraction_strength calibrated"), "{}", told.text);
+    assert!(told.text.contains("extraction_strength; calibrated: with the least share"), "{}", told.text);
     let done = dunlearn(&[&both[..], &["--json"]].concat());
     good(&done);
     let all: Value =
@@ -346,8 +346,12 @@ fn calibration_finds_the_least_mixture() {
         let found = one["tried"].as_array().unwrap().iter().find(|mixture| number(mixture, "share") == share).unwrap();
         let of = |set: &str| number(&found["metrics"][format!("{set}.extraction_strength")], "value");
         assert!(of("retain") >= number(one, "bar"), "{one}");
-        let line = told.text.lines().find(|line| line.trim_start().starts_with(one["run"].as_str().unwrap())).unwrap();
-        assert!(line.contains(&format!("{share:.4}")) && line.contains(&format!("{:.4}", of("forget"))), "{line}");
+        let start = format!("{} ", one["run"].as_str().unwrap());
+        for set in ["forget", "retain"] {
+            let found = |line: &&str| line.trim_start().starts_with(&start) && line.contains(set);
+            let line = told.text.lines().find(found).unwrap();
+            assert!(line.contains(&format!("{share:.4}")) && line.ends_with(&format!("{:.4}", of(set))), "{line}");
+        }
     }
     let refused = dunlearn(&[&both[..], &["--out", &path("none")]].concat());
     assert!(!refused.success && refused.text.contains("--out: there are 2 runs"), "{}", refused.text);
