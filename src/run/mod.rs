@@ -20,7 +20,7 @@ mod subspace;
 mod summary;
 mod trained;
 
-pub use calibrate::{Calibrated, Calibration, calibrate};
+pub use calibrate::{Calibrated, Calibration, Mixture, calibrate};
 pub use error::RunError;
 pub use evaluation::{EvaluateOptions, evaluate};
 pub use fault::{Fault, Occasion};
