@@ -247,6 +247,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         }
         if wish.save || wish.stop {
             stages.enter(Phase::Save(step + 1), saver.bytes(&trainer, world));
+            // what the checkpoint goes on from
+            journal.metrics.sync()?;
             faults.at(Occasion::Save)?;
         }
         if saver.act(wish, &trainer, step + 1, world)? == Next::Stop {
