@@ -14,6 +14,15 @@ pub fn keep_freed_memory() {
     }
 }
 
+/// Gives freed memory that was kept back to the system.
+pub fn give_back_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the allocator locks itself; memory that is in use is not touched.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Largest resident set of this process so far, in bytes.
 pub fn peak_resident_bytes() -> u64 {
     // SAFETY: rusage is plain old data and is filled by the call.

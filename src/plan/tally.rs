@@ -23,11 +23,13 @@ pub enum Part {
     Communication,
     /// What lives within one half block.
     Workspace,
+    /// The copy of the state from which saves are written while training goes on.
+    Snapshot,
     /// The process itself: libraries, contexts.
     Runtime,
 }
 
-pub const PARTS: [(Part, &str); 10] = [
+pub const PARTS: [(Part, &str); 11] = [
     (Part::Weights, "weights"),
     (Part::Masters, "master weights"),
     (Part::Gradients, "gradients"),
@@ -37,6 +39,7 @@ pub const PARTS: [(Part, &str); 10] = [
     (Part::Caches, "reference"),
     (Part::Communication, "communication"),
     (Part::Workspace, "workspace"),
+    (Part::Snapshot, "copy for saves"),
     (Part::Runtime, "runtime base"),
 ];
 
@@ -96,9 +99,21 @@ impl Peak {
     }
 }
 
+/// How the operands of a product lie in memory, as BLAS writes it: T is one that is read transposed. Libraries have code of its own for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Operands {
+    /// Forward: `x W^T`.
+    Nt,
+    /// The gradient of an input: `g W`.
+    Nn,
+    /// The gradient of a matrix: `g^T x`.
+    Tn,
+}
+
 /// One matrix product, `batch` times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Product {
+    pub operands: Operands,
     pub rows: u64,
     pub inner: u64,
     pub columns: u64,
@@ -114,12 +129,41 @@ impl Product {
 /// A pass over memory that is no product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pass {
-    /// Norms, rotation, activation, copies. Unit: bytes read and written.
-    Chain,
-    /// Exponentials of scores and logits. Unit: elements.
-    Exponentials,
+    /// Copies and sums, element by element. This and what follows up to [`Self::Squares`], unit: bytes read and written.
+    Copy,
+    /// From one kind of number to another.
+    Cast,
+    Norm,
+    NormBackward,
+    /// Rotary embedding.
+    Rotation,
+    /// The MLP's gated activation.
+    Activation,
+    ActivationBackward,
+    /// Rows of tokens into heads for attention, and back.
+    Packing,
+    /// Sums of squares.
+    Squares,
+    /// Softmax of attention scores. Unit: elements.
+    Scores,
+    /// Scores' probabilities again and their gradient. Unit: elements.
+    ScoresBackward,
+    /// Exponentials of logits. Unit: elements.
+    Logits,
     /// Unit: weights.
     Optimizer,
+}
+
+impl Pass {
+    /// Bytes of a unit where only the memory's rate is known: a logit is read and written once; AdamW reads and writes three f32 and
+    /// reads a gradient.
+    pub fn bytes(self) -> f64 {
+        match self {
+            Self::Scores | Self::ScoresBackward | Self::Logits => 4.0,
+            Self::Optimizer => 30.0,
+            _ => 1.0,
+        }
+    }
 }
 
 /// Seconds of a step by what they are spent on.
@@ -162,6 +206,8 @@ pub struct Tally<'a> {
     machine: &'a Machine,
     now: Bytes,
     pub peak: Peak,
+    /// Since [`Self::begin`].
+    pub own_peak: Peak,
     pub place: Place,
     pub calls: Vec<Call>,
     pub products: BTreeMap<Product, u64>,
@@ -186,6 +232,7 @@ impl<'a> Tally<'a> {
             machine,
             now: Bytes::default(),
             peak: Peak { bytes: Bytes::default(), place },
+            own_peak: Peak { bytes: Bytes::default(), place },
             place,
             calls: Vec::new(),
             products: BTreeMap::new(),
@@ -199,9 +246,10 @@ impl<'a> Tally<'a> {
         }
     }
 
-    /// Begins a step: its seconds count from 0.
+    /// Begins a step: its seconds and its own peak count from here.
     pub fn begin(&mut self) {
         self.free_at = 0.0;
+        self.own_peak = Peak { bytes: self.now, place: self.place };
     }
 
     pub fn machine(&self) -> &'a Machine {
@@ -218,8 +266,9 @@ impl<'a> Tally<'a> {
 
     pub fn hold(&mut self, part: Part, bytes: u64) -> Held {
         self.now[part as usize] += bytes;
-        if self.now.iter().sum::<u64>() > self.peak.total() {
-            self.peak = Peak { bytes: self.now, place: self.place };
+        let all = self.now.iter().sum::<u64>();
+        for peak in [&mut self.peak, &mut self.own_peak].into_iter().filter(|peak| all > peak.total()) {
+            *peak = Peak { bytes: self.now, place: self.place };
         }
         Held(part, bytes)
     }
@@ -250,8 +299,8 @@ impl<'a> Tally<'a> {
         self.now
     }
 
-    pub fn product(&mut self, rows: u64, inner: u64, columns: u64) {
-        self.products_of(Product { rows, inner, columns, batch: 1 });
+    pub fn product(&mut self, operands: Operands, rows: u64, inner: u64, columns: u64) {
+        self.products_of(Product { operands, rows, inner, columns, batch: 1 });
     }
 
     pub fn products_of(&mut self, product: Product) {
