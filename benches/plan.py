@@ -60,7 +60,6 @@ init = "random"
 [parallel]
 tp = {tp}
 dp = {dp}
-bucket_mib = 16
 [data]
 forget = {{ path = "{folder}/forget.jsonl", kind = "qa" }}
 retain = {{ path = "{folder}/retain.jsonl", kind = "qa" }}

@@ -18,10 +18,10 @@ use crate::unlearn;
 /// # Errors
 /// A model that does not divide into the mesh.
 pub fn base(config: &Config, arch: &Architecture, world: &World) -> Result<Base, ModelError> {
-    fill_transports(world);
+    let reduce_share = fill_transports(world);
     tiny_steps(config, arch, world)?;
     let product = bytes_of_a_product(config.train.precision);
-    Ok(Base { process: settled_bytes(), product })
+    Ok(Base { process: settled_bytes(), product, reduce_share })
 }
 
 /// Resident bytes without what the allocator only keeps.
@@ -66,23 +66,34 @@ fn tiny_steps(config: &Config, arch: &Architecture, world: &World) -> Result<(),
     Ok(())
 }
 
-/// A transport takes its buffers when it first has much to send.
-fn fill_transports(world: &World) {
-    for group in [&world.tp, &world.dp].into_iter().filter(|group| group.size() > 1) {
-        let mut some = Tensor::zeros([(group.size() as i64) << 19], (Kind::Float, Device::Cpu));
-        group.all_reduce(&mut some, Reduce::Sum);
+/// A transport takes its buffers when it first has much to send; gives what an all-reduce takes beside its input and output, as a share
+/// of them.
+fn fill_transports(world: &World) -> f64 {
+    const BYTES: usize = 2 * host::MAPPED;
+    let groups = [&world.tp, &world.dp].into_iter().filter(|group| group.size() > 1);
+    let shares = groups.map(|group| {
+        let numbers = (BYTES / 4).next_multiple_of(group.size()) as i64;
+        let mut some = Tensor::zeros([numbers], (Kind::Float, Device::Cpu));
         let _ = group.reduce_scatter(&some).wait();
-    }
+        let before = settled_bytes();
+        host::forget_peak();
+        group.all_reduce(&mut some, Reduce::Sum);
+        let more = host::peak_resident_bytes().saturating_sub(before) as f64 / (4 * numbers) as f64;
+        // the output is one
+        (more - 1.0).max(0.0)
+    });
+    shares.fold(0.0, f64::max)
 }
 
-/// What a product of another size leaves behind.
+/// What a product of another size leaves behind, when libraries have what they take for a large one.
 fn bytes_of_a_product(precision: Precision) -> u64 {
+    const SIZE: i64 = 1024;
     const MORE: i64 = 4;
-    let kind = kind(precision);
-    let random = || Tensor::randn([256, 256], (Kind::Float, Device::Cpu)).to_kind(kind);
-    let (x, w) = (random(), random());
-    let multiply = |rows: i64| _ = x.narrow(0, 0, rows).matmul(&w.tr());
-    multiply(256);
+    let whole = Tensor::full([SIZE, SIZE], 0.5, (kind(precision), Device::Cpu));
+    for (a, b) in [(whole.shallow_clone(), whole.tr()), (whole.tr(), whole.shallow_clone())] {
+        let _ = a.matmul(&b);
+    }
+    let multiply = |rows: i64| _ = whole.narrow(0, 0, rows).matmul(&whole.tr());
     let before = settled_bytes();
     (1..=MORE).for_each(|i| multiply(256 - 8 * i));
     settled_bytes().saturating_sub(before) / MORE as u64

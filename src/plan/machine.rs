@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::tally::{Pass, Product};
+use crate::abi::host::MAPPED;
 use crate::config::Precision;
 use crate::dist::Mesh;
 use crate::dist::wire::Call;
@@ -41,6 +42,12 @@ pub struct Machine {
     /// What the library keeps of each distinct product that it has met. Unit: bytes.
     #[serde(skip)]
     pub product_bytes: u64,
+    /// What an all-reduce takes beside its input and output, as a share of them.
+    #[serde(skip)]
+    pub reduce_share: f64,
+    /// Freed memory in smaller pieces than this stays with the process. Unit: bytes.
+    #[serde(skip)]
+    pub kept_below: u64,
     #[serde(skip)]
     pub precision: Precision,
     #[serde(skip)]
@@ -68,6 +75,8 @@ pub struct Base {
     pub process: u64,
     /// More for each distinct product: oneDNN generates code for every size that it meets, and keeps it.
     pub product: u64,
+    /// What an all-reduce takes beside its input and output, as a share of them: the transport's own buffer.
+    pub reduce_share: f64,
 }
 
 /// Times of the machine at hand.
@@ -144,6 +153,8 @@ impl Machine {
             disk_gbs: 1.0,
             overlaps: true,
             product_bytes: 0,
+            reduce_share: 0.0,
+            kept_below: 0,
             precision: Precision::Bf16,
             measured: None,
             rings: Rings::default(),
@@ -172,6 +183,8 @@ impl Machine {
             disk_gbs: 1.0,
             overlaps: false,
             product_bytes: base.product,
+            reduce_share: base.reduce_share,
+            kept_below: MAPPED as u64,
             precision: Precision::Bf16,
             measured,
             rings: Rings::default(),

@@ -231,6 +231,7 @@ impl<'a> Job<'a> {
         t.calls.clear();
         t.products.clear();
         (t.operations, t.repeated) = (0.0, 0.0);
+        t.give_back();
         t.begin();
         walker
     }

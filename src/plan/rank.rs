@@ -225,6 +225,8 @@ impl Rank<'_> {
         let sent = if wide { 4 } else { element };
         let copies = u64::from(wide) + u64::from(self.engine.copies);
         let held = t.hold(Part::Communication, copies * numbers * sent);
+        let own = (t.machine().reduce_share * (numbers * sent) as f64) as u64;
+        t.brief(Part::Communication, own);
         t.pass(Pass::Cast, if wide { 2 * numbers * (element + sent) } else { 0 });
         self.call(axis, Op::AllReduce, numbers, sent, t);
         t.free(held);

@@ -25,11 +25,13 @@ pub enum Part {
     Workspace,
     /// The copy of the state from which saves are written while training goes on.
     Snapshot,
+    /// Freed, and kept by the allocator for what is no larger than it keeps.
+    Kept,
     /// The process itself: libraries, contexts.
     Runtime,
 }
 
-pub const PARTS: [(Part, &str); 11] = [
+pub const PARTS: [(Part, &str); 12] = [
     (Part::Weights, "weights"),
     (Part::Masters, "master weights"),
     (Part::Gradients, "gradients"),
@@ -40,6 +42,7 @@ pub const PARTS: [(Part, &str); 11] = [
     (Part::Communication, "communication"),
     (Part::Workspace, "workspace"),
     (Part::Snapshot, "copy for saves"),
+    (Part::Kept, "kept by the allocator"),
     (Part::Runtime, "runtime base"),
 ];
 
@@ -205,6 +208,9 @@ pub struct Flight {
 pub struct Tally<'a> {
     machine: &'a Machine,
     now: Bytes,
+    /// Of that, in pieces small enough for the allocator to keep; and the most of it so far.
+    small: u64,
+    most_small: u64,
     pub peak: Peak,
     /// Since [`Self::begin`].
     pub own_peak: Peak,
@@ -231,6 +237,8 @@ impl<'a> Tally<'a> {
         Self {
             machine,
             now: Bytes::default(),
+            small: 0,
+            most_small: 0,
             peak: Peak { bytes: Bytes::default(), place },
             own_peak: Peak { bytes: Bytes::default(), place },
             place,
@@ -266,15 +274,30 @@ impl<'a> Tally<'a> {
 
     pub fn hold(&mut self, part: Part, bytes: u64) -> Held {
         self.now[part as usize] += bytes;
-        let all = self.now.iter().sum::<u64>();
+        self.small += self.kept(bytes);
+        self.most_small = self.most_small.max(self.small);
+        let mut bytes_now = self.now;
+        bytes_now[Part::Kept as usize] = self.most_small - self.small;
+        let all = bytes_now.iter().sum::<u64>();
         for peak in [&mut self.peak, &mut self.own_peak].into_iter().filter(|peak| all > peak.total()) {
-            *peak = Peak { bytes: self.now, place: self.place };
+            *peak = Peak { bytes: bytes_now, place: self.place };
         }
         Held(part, bytes)
     }
 
     pub fn free(&mut self, held: Held) {
         self.now[held.0 as usize] -= held.1;
+        self.small -= self.kept(held.1);
+    }
+
+    /// What of a piece the allocator keeps when it is freed.
+    fn kept(&self, bytes: u64) -> u64 {
+        if bytes < self.machine.kept_below { bytes } else { 0 }
+    }
+
+    /// What the allocator has kept is given back.
+    pub fn give_back(&mut self) {
+        self.most_small = self.small;
     }
 
     pub fn free_all(&mut self, held: impl IntoIterator<Item = Held>) {
@@ -291,6 +314,7 @@ impl<'a> Tally<'a> {
     pub fn recast(&mut self, held: Held, part: Part) -> Held {
         self.free(Held(held.0, held.1));
         self.now[part as usize] += held.1;
+        self.small += self.kept(held.1);
         Held(part, held.1)
     }
 
