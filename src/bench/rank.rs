@@ -39,12 +39,7 @@ pub fn rank(bench: &StepBench, rank: &RankBench) -> Result<RankResult, ModelErro
     let record = Record::default();
     let world = World::planned(rank.mesh, &record);
     let mut last = Vec::new();
-    let counted = |_: usize| {
-        let calls = record.take();
-        // those before the first step that counts belong to the start
-        last = calls;
-    };
-    let computed = step(bench, &world, counted)?;
+    let computed = step(bench, &world, |_| last = record.take())?;
     let traffic = summarise(&last);
     let seconds = |axis: &str, rate: f64| {
         traffic.iter().filter(|traffic| traffic.axis == axis).map(|traffic| traffic.wire_bytes).sum::<f64>() / rate

@@ -70,7 +70,7 @@ pub struct StepResult {
 
 /// Runs the steps. All ranks call it. With the groups of [`World::planned`] it times one rank of a mesh that is not there.
 ///
-/// `seen` is called on this rank after every step that counts.
+/// `seen` is called on this rank when the warm-up is over, with 0, and after every step that counts, with the number of those done.
 pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Result<StepResult, ModelError> {
     let kind = match bench.train.precision {
         config::Precision::Bf16 => Kind::BFloat16,
@@ -106,7 +106,8 @@ pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Re
     trainer.decoder.clock.reset();
     let traffic = communication(world);
     let mut seconds = Vec::new();
-    for step in 0..bench.steps {
+    seen(0);
+    for step in 1..=bench.steps {
         seconds.push(run(&mut trainer));
         seen(step);
     }

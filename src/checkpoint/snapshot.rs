@@ -20,10 +20,10 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Has a thread make room for copies of `state`, so that the first save need not wait for the system to find the memory.
-    pub fn prepare(&mut self, state: &[StateSlice]) {
+    /// Has a thread make room for copies of `state`, once, so that the first save need not wait for the system to find the memory.
+    pub fn prepare(&mut self, state: impl FnOnce() -> Vec<StateSlice>) {
         if self.memory.is_none() && self.coming.is_none() {
-            let all = needed(state);
+            let all = needed(&state());
             self.coming = Some(std::thread::spawn(move || {
                 let mut memory = room(all);
                 // a number in each page is enough
@@ -102,7 +102,7 @@ mod tests {
         ];
         let seen: Vec<Tensor> = state.iter().map(|slice| slice.values.copy()).collect();
         let mut snapshot = Snapshot::default();
-        snapshot.prepare(&state);
+        snapshot.prepare(|| vec![slice(random(800, Kind::Float), None)]);
         let copies = snapshot.take(&state);
         for slice in &state {
             let _ = slice.values.shallow_clone().zero_();

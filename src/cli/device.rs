@@ -101,13 +101,15 @@ impl Here {
     fn look(several: bool) -> Self {
         let host = sysinfo::System::host_name().unwrap_or_default();
         let look = || -> Result<Vec<String>, String> {
+            // without a driver nobody needs to hear which of the vendor's libraries are missing too
+            driver::device_count().map_err(|error| match error {
+                driver::Error::Driver(_) => "no NVIDIA driver (libcuda.so.1) here".to_owned(),
+                error => error.to_string(),
+            })?;
             torch_cuda::load()?;
             let count = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
             if count == 0 {
-                return Err(match driver::device_count() {
-                    Err(error) => format!("libtorch sees no GPU: {error}"),
-                    Ok(_) => "libtorch sees no GPU; CUDA_VISIBLE_DEVICES may hide them".to_owned(),
-                });
+                return Err("libtorch sees no GPU; CUDA_VISIBLE_DEVICES may hide them".to_owned());
             }
             if several {
                 nccl::Nccl::load()?;

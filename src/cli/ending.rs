@@ -9,7 +9,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use crate::abi::host;
-use crate::dist::Alarm;
+use crate::dist::{Alarm, MeetError};
 use crate::launch::{Code, Ending, Notes};
 use crate::run::MemoryWords;
 
@@ -101,10 +101,14 @@ fn end_alone(code: Code) -> ! {
     host::end_now(i32::from(code.number()))
 }
 
-/// As [`end_job`] where nothing was started yet.
-pub(super) fn refuse(rank: usize, message: &str) -> ExitCode {
-    say(rank, message, Code::Refused);
-    ExitCode::from(super::EXIT_REFUSED)
+/// As [`end_job`] where the ranks have not met. Ranks that stayed away may come to another try.
+pub(super) fn end_early(rank: usize, error: &anyhow::Error) -> ExitCode {
+    let code = match error.downcast_ref() {
+        Some(MeetError::Late(_)) => Code::Deadline,
+        _ => Code::Refused,
+    };
+    say(rank, &in_words(error), code);
+    ExitCode::from(code.number())
 }
 
 /// Makes a panic on any thread end the whole job with its message.

@@ -102,7 +102,7 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ending::code(),
-        Err(error) => ending::refuse(launched.rank, &ending::in_words(&error)),
+        Err(error) => ending::end_early(launched.rank, &error),
     }
 }
 

@@ -147,7 +147,7 @@ impl Ranks {
             ending::with_the_launcher(launched.rank);
             let rank = launched.rank;
             let on_loss = move |peer| ending::on_loss(rank, peer);
-            return Peers::connect(meeting, GATHERING, on_loss).map(Self::Tcp).map_err(anyhow::Error::msg);
+            return Peers::connect(meeting, GATHERING, on_loss).map(Self::Tcp).map_err(Into::into);
         }
         if !launched.by_mpi && launched.world > 1 {
             bail!(

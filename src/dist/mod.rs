@@ -20,7 +20,7 @@ pub use divergence::{Parting, parting, report, verdict};
 pub use flight::{Dump, Failed};
 pub use group::{Group, Pending, Reduce, Traffic};
 pub use mesh::{Mesh, MeshError, part};
-pub use tcp::{Peers, Rendezvous};
+pub use tcp::{MeetError, Peers, Rendezvous};
 pub use threads::{Fault, run_threads, run_threads_with};
 pub use watchdog::{Alarm, Phase, Watchdog};
 #[cfg(feature = "mpi")]

@@ -35,6 +35,17 @@ pub struct Rendezvous {
     pub port: u16,
 }
 
+/// Why a rank did not find the others.
+#[derive(Debug, thiserror::Error)]
+pub enum MeetError {
+    /// Ranks that did not come in time or left again: another try may find them.
+    #[error("{0}")]
+    Late(String),
+    /// An address, a port or an answer that will be wrong the next time too.
+    #[error("{0}")]
+    Refused(String),
+}
+
 /// The connections of one rank to all others.
 pub struct Peers {
     rank: usize,
@@ -67,33 +78,38 @@ impl Peers {
     /// `on_loss` is called, on another thread, with the first rank whose connection ends before it said that it was done.
     ///
     /// # Errors
-    /// In words: an address that is not one, a port that is taken, ranks that did not come before `timeout`.
+    /// `Late` where ranks did not come before `timeout` or left, `Refused` for a rank that cannot be, a port that is taken and strangers.
     pub fn connect(
         meeting: &Rendezvous,
         timeout: Duration,
         on_loss: impl Fn(usize) + Send + Sync + 'static,
-    ) -> Result<Rc<Self>, String> {
+    ) -> Result<Rc<Self>, MeetError> {
+        use MeetError::{Late, Refused};
         let deadline = Instant::now() + timeout;
         let Rendezvous { rank, world, host, port } = meeting;
         let (rank, world) = (*rank, *world);
         if rank >= world {
-            return Err(format!("this is rank {rank} of {world}; ranks count from 0"));
+            return Err(Refused(format!("this is rank {rank} of {world}; ranks count from 0")));
         }
         let mut streams: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
         if rank == 0 {
-            let listener = TcpListener::bind(("0.0.0.0", *port))
-                .map_err(|error| format!("rank 0 cannot listen on port {port}: {error}; choose another MASTER_PORT"))?;
+            let listener = TcpListener::bind(("0.0.0.0", *port)).map_err(|error| {
+                Refused(format!("rank 0 cannot listen on port {port}: {error}; choose another MASTER_PORT"))
+            })?;
             let mut addresses = vec![SocketAddr::from(([0, 0, 0, 0], 0)); world];
             for _ in 1..world {
                 let (mut stream, from) = accept(&listener, deadline).map_err(|why| {
                     let missing = (1..world).filter(|&r| streams[r].is_none()).map(|r| r.to_string());
-                    format!("ranks {} did not come to {host}:{port}: {why}", missing.collect::<Vec<_>>().join(", "))
+                    Late(format!(
+                        "ranks {} did not come to {host}:{port}: {why}",
+                        missing.collect::<Vec<_>>().join(", ")
+                    ))
                 })?;
                 let [peer, size, own_port] = read_hello(&mut stream, deadline)?;
                 if size != world || peer == 0 || peer >= world || streams[peer].is_some() {
-                    return Err(format!(
+                    return Err(Refused(format!(
                         "{from} says that it is rank {peer} of {size}; this job has {world} ranks, each once"
-                    ));
+                    )));
                 }
                 addresses[peer] = SocketAddr::new(from.ip(), own_port as u16);
                 streams[peer] = Some(stream);
@@ -101,37 +117,40 @@ impl Peers {
             let table: Vec<String> = addresses.iter().map(ToString::to_string).collect();
             let table = table.join("\n").into_bytes();
             for stream in streams.iter_mut().flatten() {
-                write_bytes(stream, &table).map_err(|error| format!("a rank left the rendezvous: {error}"))?;
+                write_bytes(stream, &table).map_err(|error| Late(format!("a rank left the rendezvous: {error}")))?;
             }
         } else {
-            let listener = TcpListener::bind("0.0.0.0:0").map_err(|error| format!("cannot listen: {error}"))?;
-            let own_port = listener.local_addr().map_err(|error| error.to_string())?.port();
-            let mut first = knock((host.as_str(), *port), deadline)?;
-            hello(&mut first, [rank, world, usize::from(own_port)]).map_err(|error| format!("rank 0: {error}"))?;
-            let table = read_bytes(&mut first, deadline)
-                .map_err(|error| format!("rank 0 at {host}:{port} said nothing: {error}; some rank may be missing"))?;
+            let listener =
+                TcpListener::bind("0.0.0.0:0").map_err(|error| Refused(format!("cannot listen: {error}")))?;
+            let own_port = listener.local_addr().map_err(|error| Refused(error.to_string()))?.port();
+            let mut first = knock((host.as_str(), *port), deadline).map_err(Late)?;
+            hello(&mut first, [rank, world, usize::from(own_port)])
+                .map_err(|error| Late(format!("rank 0: {error}")))?;
+            let table = read_bytes(&mut first, deadline).map_err(|error| {
+                Late(format!("rank 0 at {host}:{port} said nothing: {error}; some rank may be missing"))
+            })?;
             let table = String::from_utf8_lossy(&table).into_owned();
-            let master: IpAddr = first.peer_addr().map_err(|error| error.to_string())?.ip();
+            let master: IpAddr = first.peer_addr().map_err(|error| Late(error.to_string()))?.ip();
             streams[0] = Some(first);
             for (peer, line) in table.lines().enumerate().take(rank).skip(1) {
-                let mut address: SocketAddr = line.parse().map_err(|_| format!("rank 0 sent {line:?}"))?;
+                let mut address: SocketAddr = line.parse().map_err(|_| Refused(format!("rank 0 sent {line:?}")))?;
                 if address.ip().is_loopback() {
                     address.set_ip(master); // that rank lives where rank 0 lives
                 }
-                let mut stream = knock(address, deadline)?;
-                hello(&mut stream, [rank, world, 0]).map_err(|error| format!("rank {peer}: {error}"))?;
+                let mut stream = knock(address, deadline).map_err(Late)?;
+                hello(&mut stream, [rank, world, 0]).map_err(|error| Late(format!("rank {peer}: {error}")))?;
                 streams[peer] = Some(stream);
             }
             for _ in rank + 1..world {
-                let (mut stream, from) = accept(&listener, deadline)?;
+                let (mut stream, from) = accept(&listener, deadline).map_err(Late)?;
                 let [peer, size, _] = read_hello(&mut stream, deadline)?;
                 if size != world || peer <= rank || peer >= world || streams[peer].is_some() {
-                    return Err(format!("{from} says that it is rank {peer} of {size}"));
+                    return Err(Refused(format!("{from} says that it is rank {peer} of {size}")));
                 }
                 streams[peer] = Some(stream);
             }
         }
-        Self::start(rank, world, streams, Arc::new(on_loss)).map(Rc::new).map_err(|error| error.to_string())
+        Self::start(rank, world, streams, Arc::new(on_loss)).map(Rc::new).map_err(|error| Late(error.to_string()))
     }
 
     fn start(
@@ -438,12 +457,13 @@ fn hello(stream: &mut TcpStream, words: [usize; 3]) -> std::io::Result<()> {
     stream.write_all(&bytes)
 }
 
-fn read_hello(stream: &mut TcpStream, deadline: Instant) -> Result<[usize; 3], String> {
+fn read_hello(stream: &mut TcpStream, deadline: Instant) -> Result<[usize; 3], MeetError> {
     let mut bytes = [0u8; 32];
     patience(stream, deadline);
-    stream.read_exact(&mut bytes).map_err(|error| format!("a connection said nothing: {error}"))?;
+    stream.read_exact(&mut bytes).map_err(|error| MeetError::Late(format!("a connection said nothing: {error}")))?;
     if &bytes[..8] != MAGIC {
-        return Err("a connection is not from this version of dunlearn; is the port another program's?".to_owned());
+        let words = "a connection is not from this version of dunlearn; is the port another program's?";
+        return Err(MeetError::Refused(words.to_owned()));
     }
     let word = |i: usize| u64::from_le_bytes(bytes[8 + 8 * i..16 + 8 * i].try_into().expect("invariant: 8 bytes"));
     Ok([word(0) as usize, word(1) as usize, word(2) as usize])
@@ -564,10 +584,15 @@ mod tests {
     #[test]
     fn ranks_that_do_not_come_are_named() {
         let meeting = Rendezvous { rank: 0, world: 3, host: "127.0.0.1".to_owned(), port: free_port() };
-        let text = Peers::connect(&meeting, Duration::from_millis(200), |_| ()).err().unwrap();
+        let late = |meeting: &Rendezvous| match Peers::connect(meeting, Duration::from_millis(200), |_| ()) {
+            Err(MeetError::Late(words)) => words,
+            Err(MeetError::Refused(words)) => panic!("{words}: another try may find them"),
+            Ok(_) => panic!("nobody is there"),
+        };
+        let text = late(&meeting);
         assert!(text.starts_with("ranks 1, 2 did not come to 127.0.0.1:"), "{text}");
         let meeting = Rendezvous { rank: 1, ..meeting };
-        let text = Peers::connect(&meeting, Duration::from_millis(200), |_| ()).err().unwrap();
+        let text = late(&meeting);
         assert!(text.starts_with("no connection to 127.0.0.1:"), "{text}");
     }
 
@@ -580,8 +605,11 @@ mod tests {
             std::thread::sleep(Duration::from_millis(300));
         });
         let meeting = Rendezvous { rank: 0, world: 2, host: "127.0.0.1".to_owned(), port };
-        let text = Peers::connect(&meeting, Duration::from_secs(10), |_| ()).err().unwrap();
-        assert!(text.contains("not from this version of dunlearn"), "{text}");
+        let error = Peers::connect(&meeting, Duration::from_secs(10), |_| ()).err().unwrap();
+        assert!(
+            matches!(&error, MeetError::Refused(words) if words.contains("not from this version of dunlearn")),
+            "{error}"
+        );
         stranger.join().unwrap();
     }
 }

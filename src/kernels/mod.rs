@@ -9,6 +9,7 @@ pub mod cuda;
 pub mod distribution;
 pub mod moment;
 pub mod optimizer;
+pub mod product;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rotary;

@@ -15,6 +15,7 @@ use super::batch::recurring_size;
 use super::decoder::Decoder;
 use super::weights::{Gradients, Weights};
 use crate::dist::Reduce;
+use crate::kernels::product::{product, product_into};
 use crate::kernels::{rms_norm, softmax};
 
 /// Rows of the last hidden states on their way through the head, filled up to a recurring size with rows of no weight.
@@ -66,7 +67,7 @@ impl LogitsPool {
             .filter(fits)
             .unwrap_or_else(|| Tensor::empty([Self::buffer(rows, width)], (h.kind(), h.device())));
         let values = buffer.narrow(0, 0, rows * width).view([rows, width]);
-        let _ = h.mm_out(&values, &head.tr());
+        product_into(&values, h, &head.tr());
         Logits { buffer, values }
     }
 
@@ -195,7 +196,7 @@ impl Decoder {
             let part = |t: &Tensor| t.narrow(0, start, len);
             softmax::gradient(&mut z.values, &part(&log_sum), &part(&weight), &part(&target));
             sink.product(self.table.head, &z.values, &h);
-            let d_h = z.values.matmul(head);
+            let d_h = product(&z.values, head);
             self.logits.give_back(z);
             d_h
         });
@@ -264,7 +265,7 @@ impl Decoder {
                 &part(&weight),
             );
             sink.product(self.table.head, &z.values, &h);
-            let d_h = z.values.matmul(own);
+            let d_h = product(&z.values, own);
             self.logits.give_back(z);
             self.logits.give_back(y);
             d_h

@@ -7,22 +7,23 @@ use tch::Tensor;
 use super::decoder::Decoder;
 use super::sharding::{Adapter, ParamId};
 use super::weights::{Gradients, Weights};
+use crate::kernels::product::{add_product, product};
 
 /// `x W^T` with the adapters' part: `[tokens, rows]` of `x: [tokens, columns]`, this rank's.
 pub(super) fn forward(model: &Decoder, weights: &Weights, layer: usize, param: ParamId, x: &Tensor) -> Tensor {
-    let y = x.matmul(&weights.get(param).tr());
+    let y = product(x, &weights.get(param).tr());
     for adapter in adapters(model, layer, param) {
         let inner = inner(model, weights, adapter, x);
-        let _ = rows(&y, adapter).addmm_(&inner, &weights.get(adapter.b).tr());
+        add_product(&mut rows(&y, adapter), &inner, &weights.get(adapter.b).tr());
     }
     y
 }
 
 /// The gradient of `x` from that of the product.
 pub(super) fn backward(model: &Decoder, weights: &Weights, layer: usize, param: ParamId, dy: &Tensor) -> Tensor {
-    let mut dx = dy.matmul(weights.get(param));
+    let mut dx = product(dy, weights.get(param));
     for adapter in adapters(model, layer, param) {
-        let _ = dx.addmm_(&d_inner(model, weights, adapter, dy), weights.get(adapter.a));
+        add_product(&mut dx, &d_inner(model, weights, adapter, dy), weights.get(adapter.a));
     }
     dx
 }
@@ -50,12 +51,12 @@ fn adapters(model: &Decoder, layer: usize, param: ParamId) -> impl Iterator<Item
 
 /// `scale * x A^T`: `[tokens, r]`.
 fn inner(model: &Decoder, weights: &Weights, adapter: &Adapter, x: &Tensor) -> Tensor {
-    x.matmul(&weights.get(adapter.a).tr()) * model.table.adapter_scale
+    product(x, &weights.get(adapter.a).tr()) * model.table.adapter_scale
 }
 
 /// `scale * dy B`: `[tokens, r]`.
 fn d_inner(model: &Decoder, weights: &Weights, adapter: &Adapter, dy: &Tensor) -> Tensor {
-    rows(dy, adapter).matmul(weights.get(adapter.b)) * model.table.adapter_scale
+    product(&rows(dy, adapter), weights.get(adapter.b)) * model.table.adapter_scale
 }
 
 /// The adapter's part of `[tokens, rows of the matrix]`.

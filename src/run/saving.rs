@@ -115,7 +115,7 @@ impl Saver {
             self.commit(world)?;
         }
         if wish.more && self.config.background {
-            self.snapshot.prepare(&trainer.state(world.mesh, self.config.save_optimizer));
+            self.snapshot.prepare(|| trainer.state(world.mesh, self.config.save_optimizer));
         }
         if wish.save || wish.stop {
             trainer.check_weights(step, world)?;

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::layout::{Bucket, Layout};
 use super::selection::Selection;
 use crate::dist::{Group, Pending, Reduce};
+use crate::kernels::product::{add_product, widened_product_into};
 use crate::kernels::reduce::sum_of_squares;
 use crate::model::Gradients;
 use crate::model::sharding::{Class, ParamId, Table};
@@ -355,14 +356,9 @@ impl Gradients for GradientBuffers {
         let first = self.first(param);
         let mut target = self.target(param);
         let dy = dy.tr();
-        match (x.kind() == target.kind(), first) {
-            (true, true) => _ = dy.mm_out(&target, x),
-            (true, false) => _ = target.addmm_(&dy, x),
-            // a GPU's product leaves its f32 sums unrounded
-            (false, true) if x.device() != Device::Cpu => _ = dy.mm_dtype_out(&target, x, target.kind()),
-            (false, false) if x.device() != Device::Cpu => _ = target.g_add_(&dy.mm_dtype(x, target.kind())),
-            (false, true) => target.copy_(&dy.mm(x)),
-            (false, false) => _ = target.g_add_(&dy.mm(x)),
+        match first {
+            true => widened_product_into(&mut target, &dy, x),
+            false => add_product(&mut target, &dy, x),
         }
     }
 

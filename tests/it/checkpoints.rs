@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::program::{self, Workshop, dunlearn, mpirun};
+use crate::program::{self, SHAPE, Workshop, dunlearn, mpirun};
 
 const RUN: &str = r#"
 [run]
@@ -31,21 +31,6 @@ keep_last = 0
 [eval]
 every = 4
 "#;
-
-const SHAPE: &[&str] = &[
-    "--authors",
-    "5",
-    "--questions",
-    "4",
-    "--vocab",
-    "400",
-    "--hidden",
-    "32",
-    "--layers",
-    "2",
-    "--intermediate",
-    "64",
-];
 
 fn bytes(workshop: &Workshop, run: &str) -> Vec<u8> {
     std::fs::read(workshop.path(run).join("model/model.safetensors")).unwrap()
@@ -341,7 +326,7 @@ fn killed_at_random_it_still_ends_at_the_same_weights() {
     assert!(done.success, "{}", done.text);
     let seconds = done.seconds;
     let (mut kills, mut ends) = (0, 0);
-    let (mut in_saves, mut in_exports) = (0, 0);
+    let (mut in_saves, mut exports, mut in_exports) = (0, 0, 0);
     let draw = dunlearn::model::init::Stream::new(seed, "kills");
     while kills < rounds {
         let run = format!("run{ends}");
@@ -349,8 +334,12 @@ fn killed_at_random_it_still_ends_at_the_same_weights() {
         let checkpoints = workshop.path(&run).join("checkpoints");
         let share = (draw.bits(2 * kills) >> 40) as f64 / f64::from(1 << 24);
         let which = draw.bits(2 * kills + 1);
-        if kills % 4 == 3 && names(&checkpoints).iter().any(|name| !name.contains('.')) {
-            in_exports += u64::from(export_killed(&workshop, &run, share, which));
+        let has_checkpoint =
+            |run: &str| names(&workshop.path(run).join("checkpoints")).iter().any(|name| !name.contains('.'));
+        let newest = (0..=ends).rev().map(|i| format!("run{i}")).find(|run| has_checkpoint(run));
+        if let Some(newest) = newest.filter(|_| kills % 4 == 3) {
+            exports += 1;
+            in_exports += u64::from(export_killed(&workshop, &newest, share, which));
             kills += 1;
             continue;
         }
@@ -391,7 +380,7 @@ fn killed_at_random_it_still_ends_at_the_same_weights() {
     assert!(done.success, "{}", done.text);
     assert_eq!(bytes(&workshop, &run), bytes(&workshop, "whole"));
     println!(
-        "{kills} kills ({in_saves} while a save was open, {in_exports} inside an export), {} runs to their end, all at the same weights",
+        "{kills} kills ({in_saves} while a save was open, {in_exports} of {exports} aimed at exports inside one), {} runs to their end, all at the same weights",
         ends + 1
     );
 }
@@ -402,11 +391,18 @@ fn export_killed(workshop: &Workshop, run: &str, share: f64, which: u64) -> bool
     let folder = workshop.path(run).display().to_string();
     let out = |name: &str| workshop.path(&format!("export_{which}_{name}"));
     let (good, killed) = (out("good"), out("killed"));
-    let whole = dunlearn(&["export", &folder, "--out", good.to_str().unwrap()]);
+    // in many files, each of them synchronised: an export that takes its time
+    let small = ["--max-shard-size", "20KB"];
+    let whole = dunlearn(&[&["export", &folder, "--out", good.to_str().unwrap()][..], &small].concat());
     assert!(whole.success, "{}", whole.text);
-    let arguments = ["export", folder.as_str(), "--out", killed.to_str().unwrap()];
+    let arguments = [&["export", folder.as_str(), "--out", killed.to_str().unwrap()][..], &small].concat();
     let mut child = program::mpirun_command(2, &arguments).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
-    std::thread::sleep(Duration::from_secs_f64(0.1 + share * whole.seconds));
+    // as soon as its folder is open, or some milliseconds later
+    let open = killed.with_extension("partial");
+    while !open.exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    std::thread::sleep(Duration::from_secs_f64(0.02 * share));
     kill_one(killed.to_str().unwrap(), which);
     child.wait().unwrap();
     let hit = !killed.exists();

@@ -3,7 +3,7 @@
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::program::{self, Workshop, dunlearn, mpirun};
+use crate::program::{self, SHAPE, Workshop, dunlearn, mpirun};
 
 const RUN: &str = r#"
 [run]
@@ -25,21 +25,6 @@ precision = "f32"
 [optimizer]
 lr = 1e-3
 "#;
-
-const SHAPE: &[&str] = &[
-    "--authors",
-    "5",
-    "--questions",
-    "4",
-    "--vocab",
-    "400",
-    "--hidden",
-    "32",
-    "--layers",
-    "2",
-    "--intermediate",
-    "64",
-];
 
 /// Ranks whose launcher was killed outright do not stay behind.
 #[test]
@@ -95,7 +80,7 @@ fn mistakes_are_explained() {
     };
     for (set, expected) in [
         (&["parallel.tp=2"][..], "start it with `mpirun -n 2`"),
-        (&["run.device=cuda"], "run.device = \"cuda\": libtorch"),
+        (&["run.device=cuda"], "run.device = \"cuda\": "),
         (&["model.path=nowhere"], "cannot read nowhere/config.json: No such file or directory (os error 2)\n"),
         (&["model.init=pretrained"], "has no weights: expected model.safetensors"),
         (&["data.forget.path=nowhere.jsonl"], "nowhere.jsonl"),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::program::{Finished, Workshop, meeting, mpirun};
+use crate::program::{Finished, SHAPE, Workshop, meeting, mpirun};
 
 /// Deadline of a step. Unit: seconds.
 const TIMEOUT: f64 = 4.0;
@@ -34,21 +34,6 @@ resume = "never"
 [eval]
 every = 3
 "#;
-
-const SHAPE: &[&str] = &[
-    "--authors",
-    "5",
-    "--questions",
-    "4",
-    "--vocab",
-    "400",
-    "--hidden",
-    "32",
-    "--layers",
-    "2",
-    "--intermediate",
-    "64",
-];
 
 /// A fault, and the ranks among which it happens.
 #[derive(Clone, Debug)]

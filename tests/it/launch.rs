@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::program::{Finished, Workshop, dunlearn, finish, mpirun};
+use crate::program::{Finished, SHAPE, Workshop, dunlearn, finish, mpirun};
 
 const RUN: &str = r#"
 [run]
@@ -35,21 +35,6 @@ every = 2
 before = false
 after = false
 "#;
-
-const SHAPE: &[&str] = &[
-    "--authors",
-    "5",
-    "--questions",
-    "4",
-    "--vocab",
-    "400",
-    "--hidden",
-    "32",
-    "--layers",
-    "2",
-    "--intermediate",
-    "64",
-];
 
 /// `dunlearn launch`, without what this machine's own environment would add.
 fn command(before: &[&str], run: &[&str]) -> Command {

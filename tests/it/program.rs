@@ -9,6 +9,22 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+/// Authors, questions and layers of the smallest workshop that shows everything: options of `dunlearn data synth`.
+pub const SHAPE: &[&str] = &[
+    "--authors",
+    "5",
+    "--questions",
+    "4",
+    "--vocab",
+    "400",
+    "--hidden",
+    "32",
+    "--layers",
+    "2",
+    "--intermediate",
+    "64",
+];
+
 /// A folder with fictional authors, a model that knows them, and room for runs.
 pub struct Workshop {
     folder: TempDir,

@@ -27,7 +27,8 @@ enum Forgotten {
     FirstMoment,
     SecondMoment,
     StepsOfTheOptimizer,
-    OrderOfTheData,
+    /// The seed of the streams that order the data: a stream is a function of seed and position, there is nothing else to lose.
+    RandomStreams,
 }
 
 fn batches<'a>(forget: &'a Dataset, retain: &'a Dataset, budget: usize, seed: u64) -> Batches<'a> {
@@ -54,7 +55,7 @@ fn run(
         tch::no_grad(|| {
             let mut trainer: Trainer = trainer(layout, case, &arch, &world, right);
             let reference = SeedOne::new(&forget, &retain, &arch, &world, case.kind);
-            let seed = if forgotten == Forgotten::OrderOfTheData { 4 } else { 3 };
+            let seed = if forgotten == Forgotten::RandomStreams { 4 } else { 3 };
             let batches = batches(&forget, &retain, layout.budget, seed);
             if let Some(from) = from {
                 let files = StateFiles::open(files_in(from).iter().map(PathBuf::as_path)).unwrap();
@@ -130,7 +131,7 @@ fn every_interruption_is_without_a_trace() {
             let layout = Layout { tp, dp, zero, budget: 60, bucket_elements: 3000, ..ONE };
             let folder = tempfile::tempdir().unwrap();
             let want = run(layout, case, (0, None), Some(folder.path()), Forgotten::Nothing);
-            let steps = if tp * dp == 1 { 1..STEPS } else { 5..7 };
+            let steps = if tp * dp == 1 || name == "AdamW" { 1..STEPS } else { 5..7 };
             for step in steps {
                 let from = at(folder.path(), step);
                 let got = run(layout, case, (step, Some(&from)), None, Forgotten::Nothing);
@@ -172,7 +173,7 @@ fn what_is_left_out_shows() {
         Forgotten::FirstMoment,
         Forgotten::SecondMoment,
         Forgotten::StepsOfTheOptimizer,
-        Forgotten::OrderOfTheData,
+        Forgotten::RandomStreams,
     ] {
         let case = Case { falling: forgotten == Forgotten::Schedule, ..case };
         let folder = tempfile::tempdir().unwrap();

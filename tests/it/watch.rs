@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::program::{self, Workshop, dunlearn, mpirun};
+use crate::program::{self, SHAPE, Workshop, dunlearn, mpirun};
 
 const RUN: &str = r#"
 [run]
@@ -33,21 +33,6 @@ async = false
 before = false
 after = false
 "#;
-
-const SHAPE: &[&str] = &[
-    "--authors",
-    "5",
-    "--questions",
-    "4",
-    "--vocab",
-    "400",
-    "--hidden",
-    "32",
-    "--layers",
-    "1",
-    "--intermediate",
-    "64",
-];
 
 fn json(text: &str) -> Value {
     let start = text.find('{').unwrap_or_else(|| panic!("no JSON: {text}"));

@@ -1,6 +1,6 @@
 //! Ranks that no MPI has started: they meet over TCP by the variables of PyTorch's launchers.
 
-use crate::program::{Workshop, meeting, number};
+use crate::program::{SHAPE, Workshop, finish, meeting, number};
 
 const RUN: &str = r#"
 [run]
@@ -24,21 +24,6 @@ precision = "f32"
 [optimizer]
 lr = 1e-3
 "#;
-
-const SHAPE: &[&str] = &[
-    "--authors",
-    "5",
-    "--questions",
-    "4",
-    "--vocab",
-    "400",
-    "--hidden",
-    "32",
-    "--layers",
-    "2",
-    "--intermediate",
-    "64",
-];
 
 /// The same run over TCP and on one rank ends with the same numbers.
 #[test]
@@ -86,4 +71,22 @@ fn a_rank_that_dies_ends_the_others() {
         };
         assert!(finished[0].text.contains(expected), "{fault}: {}", finished[0].text);
     }
+}
+
+/// A rank that leaves before all have met may come to another try: the exit code says that one is worth it.
+#[test]
+fn ranks_that_do_not_meet_may_try_again() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_dunlearn"));
+    command.args(["check", "--device", "cpu"]).envs([("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")]);
+    command.env("MASTER_PORT", port.to_string());
+    let guest = std::thread::spawn(move || {
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    });
+    let finished = finish(&mut command);
+    guest.join().unwrap();
+    assert!(finished.text.contains("a connection said nothing"), "{}", finished.text);
+    assert_eq!(finished.code, Some(102), "{}", finished.text);
 }

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::{Projections, Shape, clear_rest};
 use crate::kernels::attention::{self as kernel, Group, Heads, Sight};
+use crate::kernels::product::{product, product_into};
 
 /// Longest sequence whose scores are held as a matrix. Unit: tokens.
 const LONGEST_PACKED: i64 = 1024;
@@ -91,9 +92,9 @@ fn packed_forward(inputs: &Projections, group: &Group, shape: Shape, out: &mut T
     let log_sums: Vec<Tensor> = firsts
         .map(|first| {
             let part = |t: &Tensor| t.narrow(0, first, chunk);
-            let mut scores = part(&q).bmm(&part(&k).transpose(1, 2));
+            let mut scores = product(&part(&q), &part(&k).transpose(1, 2));
             let log_sums = kernel::softmax(&mut scores, group, first as usize, shape.kv_heads as usize, shape.sight());
-            let _ = scores.bmm_out(&part(&mixed), &part(&v));
+            product_into(&part(&mixed), &scores, &part(&v));
             log_sums
         })
         .collect();
@@ -124,13 +125,13 @@ fn packed_backward(
     for first in firsts {
         let part = |t: &Tensor| t.narrow(0, first, chunk);
         let (q, k, v, d_out) = (part(&q), part(&k), part(&v), part(&d_out));
-        let mut p = q.bmm(&k.transpose(1, 2));
+        let mut p = product(&q, &k.transpose(1, 2));
         kernel::probabilities(&mut p, &part(log_sums), group, first as usize, shape.kv_heads as usize, sight);
-        let _ = p.transpose(1, 2).bmm_out(&part(&d_v), &d_out);
-        let mut d_scores = d_out.bmm(&v.transpose(1, 2));
+        product_into(&part(&d_v), &p.transpose(1, 2), &d_out);
+        let mut d_scores = product(&d_out, &v.transpose(1, 2));
         kernel::softmax_backward(&mut d_scores, &p, sight.scale);
-        let _ = d_scores.bmm_out(&part(&d_q), &k);
-        let _ = d_scores.transpose(1, 2).bmm_out(&part(&d_k), &q);
+        product_into(&part(&d_q), &d_scores, &k);
+        product_into(&part(&d_k), &d_scores.transpose(1, 2), &q);
     }
     let (q_end, kv) = (shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim);
     for (values, first, share) in [(d_q, 0, shape.share()), (d_k, q_end, 1), (d_v, q_end + kv, 1)] {

@@ -17,6 +17,7 @@ use tch::{Kind, Tensor};
 
 use super::{Logits, ReferenceHead, Rows, concatenate, fill_up};
 use crate::dist::Reduce;
+use crate::kernels::product::product;
 use crate::kernels::{distribution, softmax};
 use crate::model::decoder::Decoder;
 use crate::model::weights::{Gradients, Weights};
@@ -171,7 +172,7 @@ impl Decoder {
             };
             distribution::gradient(&mut z.values, &row, &part(&weight));
             sink.product(self.table.head, &z.values, &h);
-            let d_h = z.values.matmul(head);
+            let d_h = product(&z.values, head);
             self.logits.give_back(z);
             y.into_iter().for_each(|y| self.logits.give_back(y));
             d_h

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use crate::kernels::product::product;
 use crate::kernels::{rms_norm, softmax};
 use crate::model::{Decoder, Weights};
 
@@ -36,6 +37,6 @@ impl Decoder {
     fn next_logits(&self, weights: &Weights, hidden: &Tensor) -> Tensor {
         let norm = weights.get(self.table.final_norm);
         let (normed, _) = rms_norm::forward(&hidden.contiguous(), norm, self.arch.norm_eps);
-        normed.matmul(&weights.get(self.table.head).tr())
+        product(&normed, &weights.get(self.table.head).tr())
     }
 }
