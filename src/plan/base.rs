@@ -9,6 +9,7 @@ use crate::abi::host;
 use crate::config::{self, Config, Precision};
 use crate::data::{Order, Wanted};
 use crate::dist::{Reduce, World};
+use crate::kernels::product::product as multiply;
 use crate::model::{Architecture, ModelError, Rope, Scaling};
 use crate::train::{Batches, Cuts, RandomTrainer};
 use crate::unlearn;
@@ -91,11 +92,11 @@ fn bytes_of_a_product(precision: Precision) -> u64 {
     const MORE: i64 = 4;
     let whole = Tensor::full([SIZE, SIZE], 0.5, (kind(precision), Device::Cpu));
     for (a, b) in [(whole.shallow_clone(), whole.tr()), (whole.tr(), whole.shallow_clone())] {
-        let _ = a.matmul(&b);
+        let _ = multiply(&a, &b);
     }
-    let multiply = |rows: i64| _ = whole.narrow(0, 0, rows).matmul(&whole.tr());
+    let some = |rows: i64| _ = multiply(&whole.narrow(0, 0, rows), &whole.tr());
     let before = settled_bytes();
-    (1..=MORE).for_each(|i| multiply(256 - 8 * i));
+    (1..=MORE).for_each(|i| some(256 - 8 * i));
     settled_bytes().saturating_sub(before) / MORE as u64
 }
 

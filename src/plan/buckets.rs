@@ -61,12 +61,11 @@ impl Buckets {
         let (m, n) = (shape[0] as u64, shape[1] as u64);
         let (element, gradient) = (rank.element(), element(rank));
         t.product(Operands::Tn, m, tokens, n);
-        if element != gradient {
+        if element != gradient && !t.widens() {
             // the product in its own kind, and widened where it is added
             let own = if rank.engine.host { m * n * element } else { 0 };
             let wide = if first { 0 } else { m * n * gradient };
             t.brief(Part::Workspace, own + wide);
-            t.pass(Pass::Cast, if rank.engine.host { m * n * (element + gradient) } else { 0 });
         }
         if !first {
             t.pass(Pass::Copy, 2 * m * n * gradient);
@@ -202,7 +201,9 @@ impl Buckets {
 
     fn flat(&mut self, rank: &Rank, bucket: usize, t: &mut Tally) {
         if self.flats[bucket].is_none() {
-            self.flats[bucket] = Some(t.hold(Part::Gradients, rank.layout.buckets[bucket].len as u64 * element(rank)));
+            let bytes = rank.layout.buckets[bucket].len as u64 * element(rank);
+            self.flats[bucket] = Some(t.hold(Part::Gradients, bytes));
+            t.pass(Pass::Fresh, if rank.engine.host { bytes } else { 0 });
         }
     }
 }

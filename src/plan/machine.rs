@@ -9,6 +9,7 @@ use crate::abi::host::MAPPED;
 use crate::config::Precision;
 use crate::dist::Mesh;
 use crate::dist::wire::Call;
+use crate::kernels::product::has_bf16;
 
 /// One device and the links to the others.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -45,6 +46,9 @@ pub struct Machine {
     /// What an all-reduce takes beside its input and output, as a share of them.
     #[serde(skip)]
     pub reduce_share: f64,
+    /// Operands of bf16 are copied to f32 to be multiplied, see [`crate::kernels::product`].
+    #[serde(skip)]
+    pub widens: bool,
     /// Freed memory in smaller pieces than this stays with the process. Unit: bytes.
     #[serde(skip)]
     pub kept_below: u64,
@@ -154,6 +158,7 @@ impl Machine {
             overlaps: true,
             product_bytes: 0,
             reduce_share: 0.0,
+            widens: false,
             kept_below: 0,
             precision: Precision::Bf16,
             measured: None,
@@ -184,6 +189,7 @@ impl Machine {
             overlaps: false,
             product_bytes: base.product,
             reduce_share: base.reduce_share,
+            widens: !has_bf16(),
             kept_below: MAPPED as u64,
             precision: Precision::Bf16,
             measured,

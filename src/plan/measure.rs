@@ -15,17 +15,18 @@ use super::machine::Measured;
 use super::rank::{Rank, Shape};
 use super::tally::{Operands, Pass, Product};
 use super::{Job, PlanError};
-use crate::abi::host::cpu_seconds;
-use crate::config::{self, Precision};
+use crate::abi::host::{MAPPED, cpu_seconds};
+use crate::config;
 use crate::dist::wire::{Call, Op};
 use crate::dist::{Group, Reduce, World};
 use crate::kernels::attention::{self, Sight};
 use crate::kernels::moment::{Codes, Moment};
 use crate::kernels::optimizer::{AdamW, Extras, Sgd, adamw, sgd};
+use crate::kernels::product::widened_product_into;
 use crate::kernels::reduce::sum_of_squares;
-use crate::kernels::{rms_norm, rotary, softmax, swiglu};
+use crate::kernels::{product, rms_norm, rotary, softmax, swiglu};
 use crate::model::cut_on_host;
-use crate::train::{Optimizer, StepWork};
+use crate::train::{self, Optimizer, StepWork};
 
 /// Times what the first step of a rank is made of, products for about `patience`. All ranks of `world` call it; with a world of one,
 /// collectives of a larger mesh are not timed.
@@ -38,12 +39,12 @@ pub fn measure(job: &Job, world: &World, patience: Duration) -> Result<Measured,
     let walked = job.walk(mesh, 1)?.remove(0);
     let products: Vec<Product> = walked.products.into_keys().filter(|product| product.columns > 1).collect();
     let calls: BTreeSet<Call> = walked.calls.into_iter().filter(|_| there).collect();
-    let precision = job.config.train.precision;
+    let kinds = (kind(job.config.train.precision), train::kind(job.config.train.grad_dtype));
     world.world.barrier();
     let passes = job.with_rank(mesh, |rank, batches| passes(rank, &batches.step(0, mesh)))?;
     world.world.barrier();
     let each = patience.div_f64(products.len().max(1) as f64);
-    let products = products.into_iter().map(|product| (product, time_product(product, precision, each))).collect();
+    let products = products.into_iter().map(|product| (product, time_product(product, kinds, each))).collect();
     world.world.barrier();
     let of = |axis: &str| if axis == "tp" { &*world.tp } else { &*world.dp };
     let calls = calls.into_iter().map(|call| (call, time_call(&call, of(call.axis)))).collect();
@@ -77,15 +78,16 @@ fn filled(shape: &[i64], kind: Kind) -> Tensor {
     Tensor::full(shape, 0.5, (kind, Device::Cpu))
 }
 
-fn time_product(product: Product, precision: Precision, patience: Duration) -> f64 {
+/// `kinds`: of what the model computes with, and of gradients.
+fn time_product(product: Product, kinds: (Kind, Kind), patience: Duration) -> f64 {
     // large ones run at the rate of their upper left part
     let cut = |n: u64| n.min(4096);
     let Product { rows, inner, columns, .. } = product;
     let part = Product { rows: cut(rows), inner: cut(inner), columns: cut(columns), ..product };
-    seconds(patience, multiply(part, kind(precision))) * product.operations() / part.operations()
+    seconds(patience, multiply(part, kinds)) * product.operations() / part.operations()
 }
 
-fn multiply(product: Product, kind: Kind) -> impl FnMut() {
+fn multiply(product: Product, (kind, gradient): (Kind, Kind)) -> impl FnMut() {
     let [rows, inner, columns, batch] = [product.rows, product.inner, product.columns, product.batch].map(|n| n as i64);
     let turned = |yes: bool, rows, columns| if yes { [batch, columns, rows] } else { [batch, rows, columns] };
     let left = turned(product.operands == Operands::Tn, rows, inner);
@@ -97,7 +99,7 @@ fn multiply(product: Product, kind: Kind) -> impl FnMut() {
         let whole = filled(&shape, kind);
         if batch == 1 { whole.squeeze_dim(0) } else { whole }
     };
-    let result = || filled(&[rows, columns], kind);
+    let result = || filled(&[rows, columns], gradient);
     let mut ring = Ring::new(bytes, || {
         (matrix(left), matrix(right), (product.operands == Operands::Tn && batch == 1).then(result))
     });
@@ -107,8 +109,8 @@ fn multiply(product: Product, kind: Kind) -> impl FnMut() {
         let b = if product.operands == Operands::Nt { b.transpose(-1, -2) } else { b.shallow_clone() };
         match gradient {
             // a matrix's gradient has a place where it is wanted
-            Some(gradient) => _ = a.mm_out(gradient, &b),
-            None => _ = a.matmul(&b),
+            Some(gradient) => widened_product_into(gradient, &a, &b),
+            None => _ = product::product(&a, &b),
         }
     }
 }
@@ -249,11 +251,14 @@ impl Rates {
 
     fn of_optimizer(&mut self, config: &config::Optimizer) {
         const LEN: i64 = 1 << 22;
-        let wide = || Tensor::zeros([LEN], (Kind::Float, Device::Cpu));
+        // codes of blocks cost more where there is something to code
+        let wide = || Tensor::randn([LEN], (Kind::Float, Device::Cpu));
         let (mut weights, grad) = (wide(), wide());
         let mut rounded = (self.kind != Kind::Float).then(|| Tensor::zeros([LEN], (self.kind, Device::Cpu)));
         let moment = |codes| Moment::zeros(Optimizer::storage(config), codes, LEN, Device::Cpu);
         let (mut first, mut second) = (moment(Codes::Signed), moment(Codes::Unsigned));
+        let fresh = 2 * MAPPED as i64;
+        self.add(Pass::Fresh, fresh as u64, || _ = Tensor::zeros([fresh], (Kind::Uint8, Device::Cpu)));
         self.add(Pass::Squares, 4 * LEN as u64, || _ = sum_of_squares(&grad));
         let momentum = config.momentum.unwrap_or(config::Optimizer::MOMENTUM);
         self.add(Pass::Optimizer, LEN as u64, || {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::machine::Machine;
+use crate::config::Precision;
 use crate::dist::wire::{Call, Op};
 
 /// What memory is for.
@@ -145,6 +146,8 @@ pub enum Pass {
     ActivationBackward,
     /// Rows of tokens into heads for attention, and back.
     Packing,
+    /// Zeros in memory that comes from the system anew.
+    Fresh,
     /// Sums of squares.
     Squares,
     /// Softmax of attention scores. Unit: elements.
@@ -337,11 +340,24 @@ impl<'a> Tally<'a> {
             // for good
             let Held(..) = self.hold(Part::Runtime, self.machine.product_bytes);
         }
+        if self.widens() && product.columns > 1 {
+            let Product { operands, rows, inner, columns, batch } = product;
+            let [left, right, result] = [rows * inner, inner * columns, rows * columns].map(|n| 4 * n * batch);
+            // the gradient of a matrix goes into a buffer that is there
+            let result = if operands == Operands::Tn && batch == 1 { 0 } else { result };
+            let copies = [left, right, result].map(|bytes| self.hold(Part::Workspace, bytes));
+            self.free_all(copies);
+        }
         self.operations += operations;
         if self.again {
             self.repeated += operations;
         }
         self.seconds.products += self.machine.product(product);
+    }
+
+    /// Whether operands are copied to f32 to be multiplied.
+    pub fn widens(&self) -> bool {
+        self.machine.widens && self.machine.precision == Precision::Bf16
     }
 
     pub fn pass(&mut self, pass: Pass, amount: u64) {
