@@ -17,7 +17,7 @@ use crate::abi::slices::bytes_mut;
 use crate::abi::storage::map_file;
 use crate::abi::upload::fill;
 use crate::model::Weights;
-use crate::model::sharding::{Param, Piece, Table};
+use crate::model::sharding::{Piece, Table};
 
 /// Weight files of one model, open for reading.
 pub struct Folder {
@@ -103,16 +103,29 @@ impl Folder {
         })?;
         let width = kind.elt_size_in_bytes();
         let mut tensor = Tensor::empty(&piece.size, (kind, Device::Cpu));
+        let tensor_len = tensor.numel() as i64;
         let bytes = bytes_mut(&mut tensor);
         let mut runs = Vec::new();
-        let (columns, first_column, len) = match (entry.shape.as_slice(), piece.offset.as_slice()) {
-            ([_, columns], [_, first]) => (*columns, *first, piece.size[1]),
-            _ => (1, 0, 1),
+        // rows and columns of the tensor and of the box; a tensor of another number of dimensions is one row
+        let whole = piece.size == entry.shape;
+        let (columns, rows, (first_row, first_column), len) = match (entry.shape.as_slice(), piece.offset.as_slice()) {
+            ([_, columns], [row, column]) => (*columns, piece.size[0], (*row, *column), piece.size[1]),
+            ([_], [first]) => (1, 1, (0, *first), piece.size[0]),
+            _ if whole => (1, 1, (0, 0), tensor_len),
+            (shape, _) => {
+                let reason = format!("has the shape {shape:?}; a part of it is only read of 1 or 2 dimensions");
+                return Err(CheckpointError::Tensor { path: file.path.clone(), name: piece.name.clone(), reason });
+            }
         };
-        for row in 0..piece.size.first().copied().unwrap_or(1) {
-            let from = (piece.offset.first().copied().unwrap_or(0) + row) * columns + first_column;
+        for row in 0..rows {
+            let from = (first_row + row) * columns + first_column;
             join(&mut runs, Run { from: from as usize, to: (row * len) as usize, len: len as usize });
         }
+        assert_eq!(
+            runs.iter().map(|run| run.len).sum::<usize>(),
+            tensor_len as usize,
+            "invariant: all of the box is read"
+        );
         let read = |source| CheckpointError::Read { path: file.path.clone(), source };
         let mut buffer = Vec::new();
         for group in groups(&runs, width) {
@@ -148,16 +161,20 @@ impl Folder {
         device: Device,
         mut advance: impl FnMut(),
     ) -> Result<Weights, CheckpointError> {
-        let one = |param: &Param| {
-            let target = Tensor::empty(&param.shape, (kind, device));
-            for piece in &param.pieces {
-                fill(&target.narrow(0, piece.row, piece.size[0]), &self.slice(piece)?);
-                advance();
-            }
-            Ok(target)
-        };
-        let tensors: Result<Vec<Tensor>, CheckpointError> = table.params.iter().map(one).collect();
-        Ok(Weights::new(tensors?))
+        let tensors: Vec<Tensor> =
+            table.params.iter().map(|param| Tensor::empty(&param.shape, (kind, device))).collect();
+        let mut pieces: Vec<(&Tensor, &Piece)> = tensors
+            .iter()
+            .zip(&table.params)
+            .flat_map(|(to, param)| param.pieces.iter().map(move |p| (to, p)))
+            .collect();
+        // from front to back
+        pieces.sort_by_key(|(_, piece)| self.place(&piece.name));
+        for (target, piece) in pieces {
+            fill(&target.narrow(0, piece.row, piece.size[0]), &self.slice(piece)?);
+            advance();
+        }
+        Ok(Weights::new(tensors))
     }
 
     /// Reads a whole stored tensor, in its stored kind.
@@ -230,8 +247,9 @@ impl Folder {
         let mine = self.files.iter().skip(rank).step_by(size);
         mine.map(|file| {
             let mut hasher = blake3::Hasher::new();
-            hasher
-                .update_mmap(&file.path)
+            // read and not mapped: a file that is cut meanwhile is an error
+            File::open(&file.path)
+                .and_then(|open| hasher.update_reader(open).map(drop))
                 .map_err(|source| CheckpointError::Read { path: file.path.clone(), source })?;
             let name = file.path.file_name().unwrap_or_default().to_string_lossy();
             Ok(format!("{name}:{}", hasher.finalize().to_hex()))
@@ -313,4 +331,33 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
         return Err(CheckpointError::NoWeights { folder: folder.to_owned(), hint: hint.to_owned() });
     }
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of models whose tensors are no matrices, whole tensors are read as they are.
+    #[test]
+    fn tensors_of_any_number_of_dimensions_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
+        let shapes: [&[i64]; 5] = [&[], &[3], &[4, 5], &[2, 3, 4], &[2, 1, 3, 2]];
+        let tensors: Vec<(String, Tensor)> =
+            shapes.iter().map(|shape| (format!("t{}", shape.len()), random(shape))).collect();
+        Tensor::write_safetensors(&tensors, folder.path().join("model.safetensors")).unwrap();
+        let read = Folder::open(folder.path()).unwrap();
+        for (name, tensor) in &tensors {
+            assert!(read.tensor(name).unwrap().equal(tensor), "{name}");
+        }
+        let part = |name: &str, offset: &[i64], size: &[i64], shape: &[i64]| {
+            let (offset, size, shape) = (offset.to_vec(), size.to_vec(), shape.to_vec());
+            read.slice(&Piece { name: name.to_owned(), offset, size, shape, row: 0 })
+        };
+        let row = part("t2", &[1, 2], &[3, 2], &[4, 5]).unwrap();
+        assert!(row.equal(&tensors[2].1.narrow(0, 1, 3).narrow(1, 2, 2)));
+        assert!(part("t1", &[1], &[2], &[3]).unwrap().equal(&tensors[1].1.narrow(0, 1, 2)));
+        let error = part("t3", &[1, 0, 0], &[1, 3, 4], &[2, 3, 4]).err().unwrap().to_string();
+        assert!(error.contains("model.safetensors") && error.contains("t3"), "{error}");
+    }
 }

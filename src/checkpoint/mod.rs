@@ -19,7 +19,7 @@ pub use export::{ExportOptions, export, export_adapter, export_tensors};
 pub use folder::Folder;
 pub use parallel::{Destination, owners, write_parallel};
 pub use random::write_random;
-pub use snapshot::Snapshot;
+pub use snapshot::{Snapshot, aligned, bytes_of};
 pub use store::{Manifest, Saved, StateFile, Store};
 pub use stream::Stream;
 pub use tensor_file::{Reader, Spec, Writer, Written};

@@ -161,8 +161,9 @@ struct Stored {
 pub enum Target<'a> {
     /// As numbers, whatever the files have.
     Numbers(&'a mut [f32]),
-    /// Codes and the scales of their blocks as they are, which [`StateFiles::same_blocks`] has allowed.
-    Codes { codes: &'a mut [u8], scales: &'a mut [f32] },
+    /// Codes and the scales of their blocks as they are, which [`StateFiles::same_blocks`] has allowed. `scales` begins as NaN. `mixed`:
+    /// one block got codes of two scales, and what is there means nothing.
+    Codes { codes: &'a mut [u8], scales: &'a mut [f32], mixed: &'a mut bool },
 }
 
 impl StateFiles {
@@ -318,11 +319,14 @@ impl StateFiles {
                             *number = code(book, *byte) * scales[(phase + run.from + i) / BLOCK];
                         }
                     }
-                    (Target::Codes { codes, scales: to }, Some((scales, phase))) => {
+                    (Target::Codes { codes, scales: to, mixed }, Some((scales, phase))) => {
                         codes[run.to..run.to + run.len].copy_from_slice(bytes);
                         let (from, first) = ((phase + run.from) / BLOCK, run.to / BLOCK);
                         let touched = (run.to + run.len).div_ceil(BLOCK) - first;
-                        to[first..first + touched].copy_from_slice(&scales[from..from + touched]);
+                        for (to, from) in to[first..first + touched].iter_mut().zip(&scales[from..from + touched]) {
+                            **mixed |= !to.is_nan() && to.to_bits() != from.to_bits();
+                            *to = *from;
+                        }
                     }
                     (Target::Codes { .. }, None) => unreachable!("invariant: asked for with `same_blocks`"),
                 }
@@ -397,4 +401,44 @@ fn width(dtype: Dtype) -> Option<i64> {
 /// The elements of a tensor on the host as f32, for comparing.
 pub fn numbers(tensor: &Tensor) -> Vec<f32> {
     slice::<f32>(&tensor.to_kind(Kind::Float).contiguous()).to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::slices::slice_mut;
+
+    /// Two tensors that shared no block and now share one: their codes cannot both keep their scale, and that is told.
+    #[test]
+    fn a_block_of_two_scales_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rank_00000.safetensors");
+        let len = BLOCK as i64 + 128;
+        let place = |tensor: &str, start: i64, len: i64| Place {
+            tensor: tensor.into(),
+            shape: vec![2 * BLOCK as i64],
+            offset: vec![0],
+            size: vec![2 * BLOCK as i64],
+            start,
+            len,
+        };
+        let coded = |tensor: &str, start, len, phase, scales: &[f32]| StateSlice {
+            what: What::First,
+            place: place(tensor, start, len),
+            values: Tensor::ones([len], (Kind::Uint8, tch::Device::Cpu)),
+            blocks: Some(Blocks { scales: Tensor::from_slice(scales), phase }),
+        };
+        write(&path, &[coded("a", 0, len, 0, &[1.0, 2.0]), coded("b", 0, 128, 128, &[3.0])]).unwrap();
+        let files = StateFiles::open([path.as_path()]).unwrap();
+        let (a, b) = (place("a", 0, len), place("b", 0, 128));
+        assert!(files.same_blocks(What::First, &a, 0) && files.same_blocks(What::First, &b, len as usize));
+        let mut codes = Tensor::zeros([2 * BLOCK as i64], (Kind::Uint8, tch::Device::Cpu));
+        let mut scales = Tensor::full([2], f64::NAN, (Kind::Float, tch::Device::Cpu));
+        let mut mixed = false;
+        let (codes, scales) = (slice_mut::<u8>(&mut codes), slice_mut::<f32>(&mut scales));
+        let mut target = Target::Codes { codes, scales, mixed: &mut mixed };
+        files.fill(What::First, &a, 0, &mut target).unwrap();
+        files.fill(What::First, &b, len as usize, &mut target).unwrap();
+        assert!(mixed);
+    }
 }

@@ -106,7 +106,12 @@ impl Store {
     pub fn open(&self, step: usize) -> Result<Saved, CheckpointError> {
         let path = self.folder.join(name(step));
         let aside = self.replaced(step);
-        Saved::open(if !path.exists() && aside.exists() { &aside } else { &path })
+        let saved = Saved::open(if !path.exists() && aside.exists() { &aside } else { &path })?;
+        if saved.manifest.step != step {
+            let reason = format!("is of step {}, in a folder that is named after step {step}", saved.manifest.step);
+            return Err(CheckpointError::Malformed { path: path.join(MANIFEST), reason });
+        }
+        Ok(saved)
     }
 
     /// Makes the folder that a checkpoint is written in.
@@ -129,7 +134,8 @@ impl Store {
         self.folder.join(format!("{}.partial", name(step)))
     }
 
-    /// Turns an open checkpoint, whose files are on disk, into a complete one. One rank calls it.
+    /// Turns an open checkpoint, whose files are on disk, into a complete one. One rank calls it. One of the same step that could not be
+    /// removed is left to [`Self::clean`].
     pub fn commit(&self, manifest: &Manifest) -> Result<(), CheckpointError> {
         let partial = self.partial(manifest.step);
         let text = serde_json::to_string_pretty(manifest).expect("invariant: a manifest is JSON") + "\n";
@@ -146,7 +152,10 @@ impl Store {
         }
         std::fs::rename(&partial, &path).map_err(write)?;
         sync(&self.folder)?;
-        old.map_or(Ok(()), |old| std::fs::remove_dir_all(old).map_err(write))
+        if let Some(old) = old {
+            let _ = std::fs::remove_dir_all(old);
+        }
+        Ok(())
     }
 
     /// Where a checkpoint stands aside for another of the same step.
@@ -306,6 +315,16 @@ mod tests {
         assert_eq!(store.open(4).unwrap().manifest, manifest(4));
         save(&store, 4); // again
         assert_eq!(store.steps().unwrap(), [4]);
+    }
+
+    #[test]
+    fn a_folder_under_another_steps_name_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::of_run(folder.path());
+        save(&store, 4);
+        std::fs::rename(store.folder().join("step_000004"), store.folder().join("step_000009")).unwrap();
+        let error = store.open(9).err().unwrap().to_string();
+        assert!(error.contains("is of step 4, in a folder that is named after step 9"), "{error}");
     }
 
     /// Interrupted between the two renames of a replacement, and within a removal.

@@ -118,11 +118,6 @@ pub(super) struct RunOptions {
 }
 
 impl RunOptions {
-    /// A configuration that is not run but used, without bars.
-    pub(super) fn quiet(config: &std::path::Path) -> Self {
-        Self { config: Some(config.to_owned()), ..Self::of_a_verb(ProgressChoice::None) }
-    }
-
     /// What a verb that is no run, but works with a run's ranks, takes of them.
     pub(super) fn of_a_verb(progress: ProgressChoice) -> Self {
         Self {

@@ -5,14 +5,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
+use serde::Serialize;
 
-use super::arguments::{RunOptions, size, word};
+use super::arguments::{ProgressChoice, RunOptions, size, word};
 use super::launch::Launched;
 use super::run::{Ranks, context, set_threads, with_ranks};
 use crate::checkpoint::Folder;
-use crate::config::{self, ExportDtype, Mode, Side};
+use crate::config::{self, Config, ExportDtype, Mode, Side};
 use crate::dist::World;
-use crate::run::{Calibrated, Calibration, calibrate};
+use crate::run::{Calibrated, Calibration, Mixture, calibrate};
 use crate::telemetry::table;
 use crate::weights::{self, Discrimination, MatrixReport, Output, Start, SubspaceOptions};
 
@@ -42,7 +43,7 @@ pub(super) enum WeightsVerb {
         #[command(flatten)]
         to: ToModel,
     },
-    /// Mix a run's model with the one before until it has kept enough of a set (UWC), and write that mixture
+    /// Mix the models of runs with the one before until each has kept enough of a set (UWC): what have they forgotten at the same price?
     Calibrate(CalibrateOptions),
     /// Write the model between MODEL (share 0) and OTHER (share 1)
     Mix {
@@ -115,32 +116,42 @@ pub(super) struct DiscriminateOptions {
 
 #[derive(Debug, Args)]
 pub(super) struct CalibrateOptions {
-    /// Configuration of the run, such as RUN/config.toml: its model is the one before, its sets are evaluated
+    /// Run folders: of each the model before is that of its config.toml, and its sets are evaluated
+    #[arg(value_name = "RUN", required_unless_present = "config", conflicts_with = "config")]
+    runs: Vec<PathBuf>,
+    /// Configuration of one run, instead of its folder
     #[arg(long, short, value_name = "FILE")]
-    config: PathBuf,
+    config: Option<PathBuf>,
     /// Override a key of it, e.g. --set eval.max_samples=100; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// The model after; by default what the run has written
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "runs")]
     after: Option<PathBuf>,
     /// What is to be kept: a set by its name in summary.json
     #[arg(long, default_value = "retain")]
     of: String,
-    /// Its number by name: probability or token_accuracy
+    /// Its number by name: probability, token_accuracy, extraction_strength (the paper's), ...
     #[arg(long, default_value = "probability")]
     metric: String,
     /// Share of that number before which is to be kept
     #[arg(long, default_value_t = 0.95)]
     keep: f64,
-    /// Models that are evaluated
+    /// Models that are evaluated, of each run
     #[arg(long, default_value_t = 10)]
     evaluations: usize,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    to: ToModel,
+    /// Folder to write the mixture to; of several runs none is written
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Largest weight file, such as 5GB or 500MiB
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "5GB", requires = "out")]
+    max_shard_size: usize,
+    /// As export.dtype: same, bf16, f16 or f32
+    #[arg(long, default_value = "same", value_parser = word::<ExportDtype>, requires = "out")]
+    dtype: ExportDtype,
 }
 
 pub(super) fn weights(verb: &WeightsVerb, launched: &Launched, started: Instant) -> anyhow::Result<()> {
@@ -159,7 +170,7 @@ fn work(verb: &WeightsVerb, world: &World) -> anyhow::Result<()> {
         WeightsVerb::Difference { to, .. } => to,
         WeightsVerb::Discriminate(options) => &options.to,
         WeightsVerb::Add { to, .. } | WeightsVerb::Mix { to, .. } => &to.to,
-        WeightsVerb::Calibrate(options) => &options.to.to,
+        WeightsVerb::Calibrate(_) => unreachable!("invariant: it has its own ranks"),
     };
     target.is_free()?;
     match verb {
@@ -188,34 +199,78 @@ fn work(verb: &WeightsVerb, world: &World) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A run and what was found of it.
+#[derive(Serialize)]
+struct CalibratedRun {
+    run: PathBuf,
+    #[serde(flatten)]
+    found: Calibrated,
+}
+
 fn calibrated(options: &CalibrateOptions, ranks: &Ranks, launched: &Launched, started: Instant) -> anyhow::Result<()> {
-    let CalibrateOptions { of, metric, keep, evaluations, to, .. } = options;
-    to.to.is_free()?;
+    let CalibrateOptions { of, metric, keep, evaluations, .. } = options;
+    let to = options.out.as_ref().map(|out| {
+        let to = To { out: out.clone(), max_shard_size: options.max_shard_size };
+        ToModel { to, dtype: options.dtype }
+    });
+    if let Some(to) = &to {
+        to.to.is_free()?;
+        if options.runs.len() > 1 {
+            bail!("--out: there are {} runs; calibrate the one whose mixture is wanted by itself", options.runs.len());
+        }
+    }
     if !(*keep > 0.0 && *keep <= 1.0) || *evaluations < 3 {
         bail!("expected --keep above 0 and at most 1, and --evaluations of at least 3");
     }
-    let config = config::from_file(&options.config, &options.set)?;
-    let run = RunOptions::quiet(&options.config);
-    let context = context(ranks, &config, &run, launched, started)?;
+    let configs = configs(options)?;
+    let after = |config: &Config| options.after.clone().unwrap_or_else(|| config.run.dir.join("model"));
+    for config in &configs {
+        Folder::open(&after(config))?;
+    }
+    let run = RunOptions::of_a_verb(ProgressChoice::None);
+    let context = context(ranks, &configs[0], &run, launched, started)?;
     context.world.watchdog.set_deadline(TIMEOUT);
-    let after = options.after.clone().unwrap_or_else(|| config.run.dir.join("model"));
     let wish = Calibration { set: of.clone(), metric: metric.clone(), keep: *keep, evaluations: *evaluations };
-    tch::no_grad(|| -> anyhow::Result<()> {
-        let found = calibrate(&config, &after, &wish, &context)?;
-        let (after, before) = (Folder::open(&after)?, Folder::open(&config.model.path)?);
-        weights::mix(&after, &before, found.share, &["*".to_owned()], &to.output(), &context.world, || ())?;
-        if context.world.is_first() {
-            if options.json {
-                println!("{}", serde_json::to_string_pretty(&found)?);
-            } else {
-                tell(&found, &to.to.out);
+    let mut all = Vec::new();
+    for config in &configs {
+        let after = after(config);
+        tch::no_grad(|| -> anyhow::Result<()> {
+            let found = calibrate(config, &after, &wish, &context)?;
+            if let Some(to) = &to {
+                let (after, before) = (Folder::open(&after)?, Folder::open(&config.model.path)?);
+                let everything = ["*".to_owned()];
+                weights::mix(&after, &before, found.share, &everything, &to.output(), &context.world, || ())?;
             }
+            all.push(CalibratedRun { run: config.run.dir.clone(), found });
+            Ok(())
+        })?;
+    }
+    if context.world.is_first() {
+        match (options.json, options.runs.is_empty(), all.as_slice()) {
+            (true, true, [one]) => println!("{}", serde_json::to_string_pretty(&one.found)?),
+            (true, ..) => println!("{}", serde_json::to_string_pretty(&all)?),
+            (false, _, [one]) => tell(&one.found, options.out.as_deref()),
+            (false, ..) => print!("{}", side_by_side(&all)),
         }
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
-fn tell(found: &Calibrated, out: &Path) {
+/// Of each run; one that is named by its folder lies there, wherever it was started.
+fn configs(options: &CalibrateOptions) -> anyhow::Result<Vec<Config>> {
+    if let Some(file) = &options.config {
+        return Ok(vec![config::from_file(file, &options.set)?]);
+    }
+    let of = |run: &PathBuf| -> anyhow::Result<Config> {
+        let mut config = config::from_file(&run.join("config.toml"), &options.set)?;
+        config.run.dir = run.clone();
+        Ok(config)
+    };
+    options.runs.iter().map(of).collect()
+}
+
+/// One run: the numbers of every mixture that was tried.
+fn tell(found: &Calibrated, out: Option<&Path>) {
     let names: Vec<&String> =
         found.found().metrics.keys().filter(|name| name.ends_with(&format!(".{}", found.metric))).collect();
     let head: Vec<&str> =
@@ -224,15 +279,50 @@ fn tell(found: &Calibrated, out: &Path) {
     tried.sort_by(|a, b| a.share.total_cmp(&b.share));
     let rows = tried.iter().map(|mixture| {
         let here = if mixture.share == found.share { " *" } else { "" };
-        let number = |name: &&String| {
-            mixture.metrics.get(*name).map_or_else(|| "-".to_owned(), |metric| format!("{:.4}", metric.value))
-        };
-        let numbers = names.iter().map(number);
+        let numbers = names.iter().map(|name| value(mixture, name));
         std::iter::once(format!("{:.4}{here}", mixture.share)).chain(numbers).collect()
     });
     print!("{}", table(&head, &rows.collect::<Vec<_>>()));
     let Calibrated { set, metric, before, bar, .. } = found;
-    println!("* {set} {metric} at least {bar:.4}, of {before:.4} before: {}", out.display());
+    let written = out.map_or_else(String::new, |out| format!(": {}", out.display()));
+    println!("* {set} {metric} at least {bar:.4}, of {before:.4} before{written}");
+}
+
+/// Several runs: how much of the model before each needed, and every set's number before, after and calibrated.
+fn side_by_side(all: &[CalibratedRun]) -> String {
+    let Some(CalibratedRun { found: first, .. }) = all.first() else { return String::new() };
+    let rows = all.iter().flat_map(|CalibratedRun { run, found }| {
+        let at = |share: f64| found.tried.iter().find(|mixture| mixture.share == share);
+        let mixtures = [at(1.0), at(0.0), Some(found.found())];
+        let ending = format!(".{}", first.metric);
+        let sets =
+            found.found().metrics.keys().filter_map(move |name| Some((name, name.strip_suffix(&ending)?.to_owned())));
+        sets.map(move |(name, set)| {
+            let numbers =
+                mixtures.map(|mixture| mixture.map_or_else(|| "-".to_owned(), |mixture| value(mixture, name)));
+            [run.display().to_string(), format!("{:.4}", found.share), set].into_iter().chain(numbers).collect()
+        })
+    });
+    let rows: Vec<Vec<String>> = rows.collect();
+    let mut text = table(&["run", "share", "set", "before", "after", "calibrated"], &rows);
+    let Calibrated { set, metric, before, bar, .. } = first;
+    text += &format!(
+        "{metric}; calibrated: with the least share of the model before that brings {set} to at least {bar:.4}\n"
+    );
+    for CalibratedRun { run, found } in all {
+        if (found.before - before).abs() > 1e-6 {
+            text += &format!(
+                "{}: its {set} {metric} was {:.4} before, not {before:.4}: another model or other data; not the same price\n",
+                run.display(),
+                found.before
+            );
+        }
+    }
+    text
+}
+
+fn value(mixture: &Mixture, name: &str) -> String {
+    mixture.metrics.get(name).map_or_else(|| "-".to_owned(), |metric| format!("{:.4}", metric.value))
 }
 
 fn discriminate(options: &DiscriminateOptions, world: &World) -> anyhow::Result<()> {

@@ -175,6 +175,10 @@ pub struct Tofu {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Muse {
+    /// Folder of the published data set (MUSE-News or MUSE-Books): gives what is not named below, and `privleak` for `[eval.mia]` where that
+    /// has no `holdout`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
     /// Passages as `{prompt, gt}`: the true continuation of each.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verbmem: Option<PathBuf>,
@@ -241,14 +245,23 @@ pub struct Perplexity {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mia {
-    /// Texts that were to be forgotten. Default: `data.forget`.
+    /// Texts that were to be forgotten. Default: `data.forget`, or without `holdout` the split `forget` of MUSE's `privleak`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forget: Option<Source>,
-    /// Texts like them that no model has seen. Required.
-    pub holdout: Source,
+    /// Texts like them that no model has seen. Default: the split `holdout` of MUSE's `privleak` in `eval.muse.path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holdout: Option<Source>,
     /// Share of the least likely tokens that Min-k% and Min-k%++ look at.
     #[serde(default = "two_fifths")]
     pub k: f64,
+    /// Attack by the norm of the loss's gradient too (`mia.gradnorm_auc`). A forward and a backward pass a text, one text at a time: many
+    /// times the cost of the other attacks together.
+    #[serde(default)]
+    pub gradnorm: bool,
+    /// Attack by ReCaLL too (arXiv 2406.15968, `mia.recall_auc`): the first so many holdout texts stand before each text, as many as fit
+    /// into `data.max_length`, and are not attacked themselves. One more pass over longer texts; 0 means not. Unit: texts.
+    #[serde(default)]
+    pub recall: usize,
 }
 
 /// Attempts to bring back what was forgotten, each on the model that was unlearned and, where they are given, on `eval.original` and

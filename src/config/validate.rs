@@ -427,7 +427,12 @@ fn eval(config: &Config) -> Result<(), ConfigError> {
     }
     if let Some(mia) = &eval.mia {
         check("eval.mia.k", mia.k, mia.k > 0.0 && mia.k <= 1.0, "a number in (0, 1]")?;
-        if mia.forget.is_none() && config.data.forget.is_none() {
+        let muse = eval.muse.as_ref().is_some_and(|muse| muse.path.is_some());
+        if mia.holdout.is_none() && !muse {
+            let reason = "missing; write texts that no model has seen, or eval.muse.path";
+            return Err(ConfigError::value("eval.mia.holdout", reason));
+        }
+        if mia.holdout.is_some() && mia.forget.is_none() && config.data.forget.is_none() {
             let reason = "missing; write the texts that were to be forgotten, or data.forget";
             return Err(ConfigError::value("eval.mia.forget", reason));
         }
@@ -437,12 +442,13 @@ fn eval(config: &Config) -> Result<(), ConfigError> {
             ("eval.muse.knowmem_forget_icl", &muse.knowmem_forget_icl, &muse.knowmem_forget),
             ("eval.muse.knowmem_retain_icl", &muse.knowmem_retain_icl, &muse.knowmem_retain),
         ] {
-            if examples.is_some() && questions.is_none() {
+            if examples.is_some() && questions.is_none() && muse.path.is_none() {
                 return no_effect(key, "without the questions", "remove it");
             }
         }
-        if muse.verbmem.is_none() && muse.knowmem_forget.is_none() && muse.knowmem_retain.is_none() {
-            let reason = "names no set; write verbmem, knowmem_forget or knowmem_retain";
+        let none = [&muse.path, &muse.verbmem, &muse.knowmem_forget, &muse.knowmem_retain];
+        if none.iter().all(|set| set.is_none()) {
+            let reason = "names no set; write path, or verbmem, knowmem_forget or knowmem_retain";
             return Err(ConfigError::value("eval.muse", reason));
         }
     }
@@ -620,6 +626,11 @@ lr = 1e-5
         refused(&["data.max_length=1"], "data.max_length: is 1");
         refused(&["data.forget.limit=0"], "data.forget.limit: is 0");
         refused(&["eval.mia={holdout={path='h', kind='qa'}, k=0}"], "eval.mia.k: is 0");
+        refused(
+            &["eval.mia={k=0.3}"],
+            "eval.mia.holdout: missing; write texts that no model has seen, or eval.muse.path",
+        );
+        refused(&["eval.muse={limit=3}"], "eval.muse: names no set; write path");
         refused(&["eval.tofu={path='t', forget='retain90'}"], "eval.tofu.forget: is \"retain90\"");
         refused(&["eval.perplexity={source={path='t', kind='qa'}}"], "eval.perplexity.source.kind: is \"qa\"");
         refused(&["eval.muse={}"], "eval.muse: names no set");

@@ -19,4 +19,4 @@ pub use order::{Order, StepBatch};
 pub use pack::{Item, MicroBatch, RowsOf, Sequence, Stream, Text, Texts, pack, share};
 pub use record::{Content, Message, Record, Role, Wanted, read};
 pub use refusals::Refusals;
-pub use rows::{Row, Rows, find, rows};
+pub use rows::{Row, Rows, find, rows, splits};

@@ -152,9 +152,16 @@ pub fn describe(value: &Value) -> String {
     }
 }
 
-/// Files of one split of a data set folder, in the order of their names: `SPLIT.EXT` or `SPLIT-00000-of-00002.EXT`, in the folder
-/// itself or in its folder `data`.
-fn files_of(folder: &Path, split: Option<&str>) -> Result<Vec<PathBuf>, DataError> {
+/// Splits of a data set folder, each once; none where it is no such folder.
+pub fn splits(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = data_files(folder).into_iter().map(|(split, _)| split).collect();
+    names.dedup();
+    names
+}
+
+/// Data files of a data set folder with their splits, in the order of their names: `SPLIT.EXT` or `SPLIT-00000-of-00002.EXT`, in the
+/// folder itself or in its folder `data`.
+fn data_files(folder: &Path) -> Vec<(String, PathBuf)> {
     let mut found: Vec<(String, PathBuf)> = Vec::new();
     for place in [folder.to_owned(), folder.join("data")] {
         let entries = fs::read_dir(&place).into_iter().flatten().flatten();
@@ -164,6 +171,12 @@ fn files_of(folder: &Path, split: Option<&str>) -> Result<Vec<PathBuf>, DataErro
         }
     }
     found.sort();
+    found
+}
+
+/// Files of one split of a data set folder.
+fn files_of(folder: &Path, split: Option<&str>) -> Result<Vec<PathBuf>, DataError> {
+    let found = data_files(folder);
     let mut names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
     names.dedup();
     let name = match (split, names.as_slice()) {

@@ -22,7 +22,7 @@ pub use group::{Group, Pending, Reduce, Traffic};
 pub use mesh::{Mesh, MeshError, part};
 pub use tcp::{MeetError, Peers, Rendezvous};
 pub use threads::{Fault, run_threads, run_threads_with};
-pub use watchdog::{Alarm, Phase, Watchdog};
+pub use watchdog::{ASK, Alarm, Phase, Watchdog};
 #[cfg(feature = "mpi")]
 pub use world::mpi_world;
 pub use world::{World, tcp_world};

@@ -24,7 +24,7 @@ const GATHERING: Duration = Duration::from_secs(3);
 /// How long a rank lives on after another has failed, should nothing else end it.
 const GRACE: Duration = Duration::from_secs(5);
 /// A file in the run folder that asks all ranks for their records.
-const ASK: &str = "DUMP";
+pub const ASK: &str = "DUMP";
 
 /// What a rank is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

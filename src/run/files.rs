@@ -10,7 +10,7 @@ use super::summary::Summary;
 use super::{Context, RunError};
 use crate::checkpoint::Store;
 use crate::config::{self, Checkpoint, Config, Resume};
-use crate::dist::World;
+use crate::dist::{ASK, World};
 use crate::telemetry::{Metrics, RunState, Saved};
 
 /// A run's folder, there on every rank.
@@ -137,6 +137,9 @@ impl RunFolder {
                 gone.map_err(|e| write(&path, e))?;
             }
             folder.put_flight_away()?;
+            // asked of a run that ended before all of its ranks had looked
+            let ask = folder.path.join(ASK);
+            remove_if_there(&ask).map_err(|e| write(&ask, e))?;
             let logs = folder.path.join("logs");
             std::fs::create_dir_all(&logs).map_err(|e| write(&logs, e))?;
         }

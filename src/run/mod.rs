@@ -20,7 +20,7 @@ mod subspace;
 mod summary;
 mod trained;
 
-pub use calibrate::{Calibrated, Calibration, calibrate};
+pub use calibrate::{Calibrated, Calibration, Mixture, calibrate};
 pub use error::RunError;
 pub use evaluation::{EvaluateOptions, evaluate};
 pub use fault::{Fault, Occasion};
@@ -244,6 +244,8 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
         }
         if wish.save || wish.stop {
             stages.enter(Phase::Save(step + 1), saver.bytes(&trainer, world));
+            // what the checkpoint goes on from
+            journal.metrics.sync()?;
             faults.at(Occasion::Save)?;
         }
         if saver.act(wish, &trainer, step + 1, world)? == Next::Stop {

@@ -120,7 +120,7 @@ impl Past {
     pub fn read(path: &Path, step: usize) -> Result<Self, RunError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| crate::checkpoint::CheckpointError::Read { path: path.to_owned(), source })?;
-        let mut past = Self::default();
+        let (mut past, mut steps) = (Self::default(), 0);
         for line in text.lines() {
             let Ok(json) = serde_json::from_str::<Value>(line) else { continue };
             let at = json["step"].as_u64().map(|at| at as usize);
@@ -136,6 +136,13 @@ impl Past {
             past.tokens += json["tokens"].as_u64().unwrap_or(0) as usize;
             past.seconds += json["step_s"].as_f64().unwrap_or(0.0);
             past.lines.push(line.to_owned());
+            steps += usize::from(json["step_s"].is_number());
+        }
+        if steps < step {
+            tracing::warn!(
+                "{} has {steps} of the {step} steps before: the others' tokens and seconds do not count",
+                path.display()
+            );
         }
         Ok(past)
     }

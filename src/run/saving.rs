@@ -115,7 +115,9 @@ impl Saver {
             self.commit(world)?;
         }
         if wish.more && self.config.background {
-            self.snapshot.prepare(|| trainer.state(world.mesh, self.config.save_optimizer));
+            self.snapshot.prepare(|| trainer.state_sizes(world.mesh, self.config.save_optimizer));
+        } else if self.open.is_none() {
+            self.snapshot = Snapshot::default();
         }
         if wish.save || wish.stop {
             trainer.check_weights(step, world)?;
@@ -142,6 +144,7 @@ impl Saver {
         if self.open.is_some() {
             self.commit(world)?;
         }
+        self.snapshot = Snapshot::default();
         // asked for during the last step: nothing is left to stop or to save
         if world.is_first() {
             for name in ["STOP", "SAVE"] {
@@ -154,11 +157,14 @@ impl Saver {
     fn begin(&mut self, trainer: &Trainer, step: usize, world: &World) -> Result<(), RunError> {
         // one rank makes the folder; what it could not do, all hear of
         let made = if world.is_first() { self.store.begin(step).map(drop) } else { Ok(()) };
-        self.agree(made, trainer.state_bytes(world.mesh, self.config.save_optimizer), world)?;
-        let state = trainer.state(world.mesh, self.config.save_optimizer);
+        let optimizer = self.config.save_optimizer;
+        self.agree(made, trainer.state_sizes(world.mesh, optimizer).iter().sum(), world)?;
         // what is written before the next step begins needs no copy, where it can be written from
-        let in_place = !self.config.background && state.iter().all(|slice| slice.values.device() == tch::Device::Cpu);
-        let slices = if in_place { state } else { self.snapshot.take(&state) };
+        let in_place = !self.config.background && trainer.decoder.device == tch::Device::Cpu;
+        let slices = match in_place {
+            true => trainer.state(world.mesh, optimizer),
+            false => self.snapshot.take(trainer.state_parts(world.mesh, optimizer)),
+        };
         let bytes = slices.iter().map(StateSlice::bytes).sum();
         let path = self.store.partial(step).join(file_name(world.mesh.rank));
         let name = file_name(world.mesh.rank);
@@ -220,8 +226,14 @@ impl Saver {
                 method,
                 files: files.collect(),
             };
-            let kept = || self.store.keep(self.config.keep_last, self.config.keep_every);
-            self.store.commit(&manifest).and_then(|()| kept())
+            let committed = self.store.commit(&manifest);
+            if committed.is_ok()
+                && let Err(error) = self.store.keep(self.config.keep_last, self.config.keep_every)
+            {
+                // somebody reads it, say: the run can do without; the next start tries again
+                tracing::warn!("an older checkpoint could not be removed: {error}");
+            }
+            committed
         } else {
             Ok(())
         };
@@ -236,7 +248,8 @@ impl Saver {
         let words = match &mine {
             Ok(()) => String::new(),
             Err(error) => {
-                let free = signals::free_bytes(&self.run);
+                let folder = self.store.folder();
+                let free = signals::free_bytes(if folder.exists() { folder } else { &self.run });
                 let free = free.map_or_else(String::new, |free| format!("; {free} bytes are free there"));
                 format!(
                     "{error}: this rank has {bytes} bytes to save{free}. The checkpoints before are as they were; make room and start again"

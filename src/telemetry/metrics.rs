@@ -18,13 +18,20 @@ impl Metrics {
     pub fn go_on(path: &Path, lines: &[String]) -> io::Result<Self> {
         let partial = path.with_extension("jsonl.partial");
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
-        std::fs::write(&partial, text)?;
+        let mut file = File::create(&partial)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
         std::fs::rename(&partial, path)?;
         std::fs::OpenOptions::new().append(true).open(path).map(|file| Self(Some(file)))
     }
 
     pub fn nowhere() -> Self {
         Self(None)
+    }
+
+    /// What was written is on disk, whatever happens to the machine.
+    pub fn sync(&self) -> io::Result<()> {
+        self.0.as_ref().map_or(Ok(()), File::sync_data)
     }
 
     pub fn write(&mut self, line: &impl Serialize) -> io::Result<()> {

@@ -27,6 +27,15 @@ enum Rule {
     Sgd { momentum: f64 },
 }
 
+/// How something remembered is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Bytes of each.
+    Numbers { width: usize },
+    /// 8 bits each, and a scale for each block.
+    Codes,
+}
+
 /// Neighbouring parameters of one class and one unit.
 struct Segment {
     class: Class,
@@ -216,6 +225,34 @@ impl Optimizer {
             State::Nothing => Vec::new(),
         });
         all.collect()
+    }
+
+    /// Of each thing in [`Self::look`]: the elements of this rank's own part, and as what it is stored.
+    pub fn forms(&self, bucket: usize) -> impl Iterator<Item = (Range<usize>, Form)> {
+        let of_moment = |segment: &Segment, moment: &Moment| match (&segment.chosen, &moment.scales) {
+            (None, None) => vec![Form::Numbers { width: moment.values.kind().elt_size_in_bytes() }],
+            (None, Some(_)) => vec![Form::Codes],
+            (Some(_), None) => vec![Form::Numbers { width: 4 }],
+            (Some(_), Some(_)) => vec![Form::Numbers { width: 4 }; 2],
+        };
+        self.state[bucket].iter().flat_map(move |segment| {
+            let moments = match &segment.state {
+                State::Moments { first, second } => vec![first, second],
+                State::Velocity(velocity) => vec![velocity],
+                State::Nothing => Vec::new(),
+            };
+            let forms: Vec<Form> = moments.into_iter().flat_map(|moment| of_moment(segment, moment)).collect();
+            forms.into_iter().map(|form| (segment.own.clone(), form))
+        })
+    }
+
+    /// Numbers that the rule remembers of each element.
+    pub fn whats(&self) -> &'static [What] {
+        match self.rule {
+            Rule::AdamW { .. } => &[What::First, What::Second],
+            Rule::Sgd { momentum } if momentum > 0.0 => &[What::Velocity],
+            Rule::Sgd { .. } => &[],
+        }
     }
 
     /// As [`Self::look`], to be filled.

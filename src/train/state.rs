@@ -5,12 +5,12 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::layout::Bucket;
-use super::optimizer::Remembered;
+use super::optimizer::{Form, Remembered};
 use super::step::Trainer;
 use crate::abi::slices::slice_mut;
-use crate::checkpoint::CheckpointError;
 use crate::checkpoint::slices::Place;
 use crate::checkpoint::state::{Blocks, StateFiles, StateSlice, Target, What};
+use crate::checkpoint::{CheckpointError, aligned, bytes_of};
 use crate::dist::{Mesh, World};
 use crate::kernels::moment::{self, BLOCK, Moment};
 use crate::model::sharding::{Param, Piece};
@@ -21,33 +21,68 @@ impl Trainer {
     ///
     /// `optimizer`: with what the optimizer remembers.
     pub fn state(&self, mesh: Mesh, optimizer: bool) -> Vec<StateSlice> {
-        let mut slices = Vec::new();
-        let sharded = self.is_sharded();
-        for (index, bucket) in self.parameters.layout.buckets.iter().enumerate() {
-            // where all copies hold everything, each saves some buckets
-            if !sharded && index % mesh.dp != mesh.dp_rank() {
-                continue;
-            }
-            let params = bucket.params.iter().map(|(id, range)| (&self.decoder.table.params[*id], range));
-            let mine = params.filter(|(param, _)| !param.class.is_replicated() || mesh.tp_rank() == 0);
-            let runs: Vec<(Place, Range<usize>)> = mine.flat_map(|(param, range)| bucket.runs(param, range)).collect();
-            slices.extend(runs.iter().map(|(place, own)| StateSlice {
+        self.state_parts(mesh, optimizer).flatten().collect()
+    }
+
+    /// As [`Self::state`], bucket by bucket: under a mask, moments are spread out over all elements for as long as their part lives.
+    pub fn state_parts(&self, mesh: Mesh, optimizer: bool) -> impl Iterator<Item = Vec<StateSlice>> {
+        let of_bucket = move |(index, bucket)| {
+            let runs = self.runs(bucket, mesh);
+            let master = |(place, own): &(Place, Range<usize>)| StateSlice {
                 what: What::Weights,
                 place: place.clone(),
                 values: part(&self.parameters.masters[index], own),
                 blocks: None,
-            }));
+            };
+            let mut slices: Vec<StateSlice> = runs.iter().map(master).collect();
             if optimizer {
                 for (what, segment, moment) in self.optimizer.look(index) {
                     let inside = runs.iter().filter(|(_, own)| within(own, &segment));
                     slices.extend(inside.map(|(place, own)| of_place(what, &segment, &moment, place, own)));
                 }
             }
-        }
-        if self.parameters.frozen_moved && mesh.dp_rank() == 0 {
-            slices.extend(self.frozen(mesh));
-        }
-        slices
+            slices
+        };
+        self.buckets_to_save(mesh).map(of_bucket).chain(self.saves_frozen(mesh).then(|| self.frozen(mesh)))
+    }
+
+    /// Bytes of a copy of each of [`Self::state_parts`], without making them.
+    pub fn state_sizes(&self, mesh: Mesh, optimizer: bool) -> Vec<usize> {
+        let of_bucket = |(index, bucket)| {
+            let runs = self.runs(bucket, mesh);
+            let masters: usize = runs.iter().map(|(_, own)| aligned(4 * own.len())).sum();
+            let remembered = self.optimizer.forms(index).filter(|_| optimizer).flat_map(|(segment, form)| {
+                let inside: Vec<_> = runs.iter().map(|(_, own)| own).filter(|own| within(own, &segment)).collect();
+                inside.into_iter().map(move |own| match form {
+                    Form::Numbers { width } => aligned(width * own.len()),
+                    Form::Codes => {
+                        let at = own.start - segment.start..own.end - segment.start;
+                        aligned(own.len()) + aligned(4 * (at.end.div_ceil(BLOCK) - at.start / BLOCK))
+                    }
+                })
+            });
+            masters + remembered.sum::<usize>()
+        };
+        let frozen = self.saves_frozen(mesh).then(|| bytes_of(&self.frozen(mesh)));
+        self.buckets_to_save(mesh).map(of_bucket).chain(frozen).collect()
+    }
+
+    /// Where all copies hold everything, each saves some buckets.
+    fn buckets_to_save(&self, mesh: Mesh) -> impl Iterator<Item = (usize, &Bucket)> {
+        let sharded = self.is_sharded();
+        let all = self.parameters.layout.buckets.iter().enumerate();
+        all.filter(move |(index, _)| sharded || index % mesh.dp == mesh.dp_rank())
+    }
+
+    /// What this rank saves of a bucket, and where that lies in its own part.
+    fn runs(&self, bucket: &Bucket, mesh: Mesh) -> Vec<(Place, Range<usize>)> {
+        let params = bucket.params.iter().map(|(id, range)| (&self.decoder.table.params[*id], range));
+        let mine = params.filter(|(param, _)| !param.class.is_replicated() || mesh.tp_rank() == 0);
+        mine.flat_map(|(param, range)| bucket.runs(param, range)).collect()
+    }
+
+    fn saves_frozen(&self, mesh: Mesh) -> bool {
+        self.parameters.frozen_moved && mesh.dp_rank() == 0
     }
 
     /// What is not trained and is not what was read: this tensor-parallel rank's pieces.
@@ -71,17 +106,10 @@ impl Trainer {
         all.filter(|(id, _)| self.parameters.layout.places[*id].is_none())
     }
 
-    /// Bytes that [`Self::state`] would copy.
-    pub fn state_bytes(&self, mesh: Mesh, optimizer: bool) -> usize {
-        let share = if self.is_sharded() { 1 } else { mesh.dp };
-        let masters: usize = self.parameters.masters.iter().map(|own| own.numel() * 4).sum();
-        (masters + if optimizer { self.optimizer.bytes() } else { 0 }) / share
-    }
-
     /// Takes weights and, where the files have it, the optimizer's state from a checkpoint of any layout. All ranks call it.
     ///
-    /// `optimizer_steps`: what the optimizer has counted. Gives false where it remembers something and the files have nothing of it: then
-    /// it starts anew, its count too, because moments that are corrected for so many steps must have seen them.
+    /// `optimizer_steps`: what the optimizer has counted. Gives false where it remembers something and the files do not have all of it:
+    /// then it starts anew, its count too, because moments that are corrected for so many steps must have seen them.
     ///
     /// # Errors
     /// Elements that are not in the files.
@@ -91,8 +119,9 @@ impl Trainer {
         optimizer_steps: usize,
         world: &World,
     ) -> Result<bool, CheckpointError> {
+        // a question that all ranks answer alike, also those that own nothing
         let whats = files.whats();
-        let (mut wanted, mut found) = (false, false);
+        let complete = self.optimizer.whats().iter().all(|what| whats.contains(what));
         for (index, bucket) in self.parameters.layout.buckets.iter().enumerate() {
             let master = &self.parameters.masters[index];
             for (id, range) in &bucket.params {
@@ -104,9 +133,7 @@ impl Trainer {
                 own.copy_(&self.parameters.masters[index]);
             }
             for segment in self.optimizer.remembered(index) {
-                wanted = true;
-                if whats.contains(&segment.what) {
-                    found = true;
+                if complete {
                     restore_moment(files, bucket, &self.decoder.table.params, segment)?;
                 }
             }
@@ -124,10 +151,8 @@ impl Trainer {
             }
         }
         self.parameters.frozen_moved |= moved;
-        // a question that all ranks answer alike, also those that own nothing
-        let none = whats.iter().all(|&what| what == What::Weights);
-        self.optimizer.set_steps(if none { 0 } else { optimizer_steps });
-        Ok(found || !wanted)
+        self.optimizer.set_steps(if complete { optimizer_steps } else { 0 });
+        Ok(complete)
     }
 
     fn is_sharded(&self) -> bool {
@@ -201,12 +226,16 @@ fn restore_moment(
         // what lies between parameters is in no file, and is 0
         let zero = i64::from(moment::zero(moment.codes));
         let mut codes = Tensor::full([len as i64], zero, (Kind::Uint8, Device::Cpu));
-        let mut scales = Tensor::zeros([len.div_ceil(BLOCK) as i64], (Kind::Float, Device::Cpu));
-        let mut target = Target::Codes { codes: slice_mut::<u8>(&mut codes), scales: slice_mut::<f32>(&mut scales) };
+        let mut scales = Tensor::full([len.div_ceil(BLOCK) as i64], f64::NAN, (Kind::Float, Device::Cpu));
+        let mut mixed = false;
+        let (to, blocks) = (slice_mut::<u8>(&mut codes), slice_mut::<f32>(&mut scales));
+        let mut target = Target::Codes { codes: to, scales: blocks, mixed: &mut mixed };
         inside.iter().try_for_each(|(place, at)| files.fill(what, place, at.start, &mut target))?;
-        moment.values.copy_(&codes);
-        old.copy_(&scales);
-        return Ok(());
+        if !mixed {
+            moment.values.copy_(&codes);
+            old.copy_(&scales.nan_to_num(0.0, None, None));
+            return Ok(());
+        }
     }
     let all = |what: What| {
         let mut numbers = Tensor::zeros([len as i64], (Kind::Float, Device::Cpu));

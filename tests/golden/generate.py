@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, modeling_rope_utils
 
 from cases import CASES, DELETE
 from generation import generation
+from membership import membership
 from methods import methods
 from toy import toy
 from weights import hashes, test_weight
@@ -54,6 +55,7 @@ def main():
     write_json(out / "toy.json", toy())
     write_json(out / "methods.json", methods(build, out / "llama_gqa", token_ids))
     write_json(out / "generation.json", generation(build, as_transformers_writes, write_json, token_ids, out))
+    write_json(out / "membership.json", membership(build, token_ids, out))
     write_json(out / "weights.json", weight_samples())
 
 

@@ -641,6 +641,9 @@ fn a_full_disk_loses_nothing() {
     for word in ["saving, rank ", "No space left on device", " bytes to save; ", " bytes are free there"] {
         assert!(done.text.contains(word), "{word}: {}", done.text);
     }
+    let told = done.text.split(" bytes are free there").next().and_then(|text| text.rsplit(' ').next());
+    let free: u64 = told.unwrap().parse().unwrap();
+    assert!(free < size, "of the small file system, which is full: {}", done.text);
     whole.unwrap();
 
     // a file system that is only read; and, for those who may write everywhere, a file where the folder should be

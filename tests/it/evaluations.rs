@@ -49,6 +49,8 @@ limit = 9
 source = { path = "{data}/texts.json", kind = "text" }
 [eval.mia]
 holdout = { path = "{data}/holdout.jsonl", kind = "qa" }
+gradnorm = true
+recall = 2
 [eval.muse]
 verbmem = "{data}/verbmem.jsonl"
 knowmem_retain = "{data}/retain.jsonl"
@@ -105,7 +107,8 @@ fn every_metric_is_the_same_on_every_layout() {
     let one = evaluate(1, "one", &[]);
     let suites = ["tofu.model_utility", "tofu.log10_forget_quality", "choice.accuracy", "perplexity.per_token"];
     let more = ["mia.min_k_plus_plus_auc", "mia.priv_leak", "muse_verbmem.rouge_l_f1", "forget.extraction_strength"];
-    for name in suites.iter().chain(&more) {
+    let passes = ["mia.gradnorm_auc", "mia.recall_auc", "mia.gradnorm_priv_leak"];
+    for name in suites.iter().chain(&more).chain(&passes) {
         assert!(one.metrics.contains_key(*name), "{name} is missing: {:?}", one.warnings);
     }
     for (ranks, tp) in [(2, 2), (2, 1), (4, 2)] {
@@ -165,7 +168,9 @@ fn items_give_the_aggregates_again() {
         if parts.contains(&0.0) { 0.0 } else { 9.0 / parts.iter().map(|x| 1.0 / x).sum::<f64>() },
     );
     let (members, others) = (items_of(&one, "mia_forget"), items_of(&one, "mia_holdout"));
-    for attack in ["loss", "zlib", "min_k", "min_k_plus_plus"] {
+    // the two texts before the others are not attacked
+    assert_eq!(numbers(others, "recall").len() + 2, others.len());
+    for attack in ["loss", "zlib", "min_k", "min_k_plus_plus", "gradnorm", "recall"] {
         let (members, others) = (numbers(members, attack), numbers(others, attack));
         let beats = |a: f64, b: f64| f64::from(u8::from(a > b)) + 0.5 * f64::from(u8::from(a == b));
         let won: f64 = others.iter().flat_map(|a| members.iter().map(move |b| beats(*a, *b))).sum();
@@ -178,6 +183,73 @@ fn items_give_the_aggregates_again() {
     );
     near("tofu.ks_statistic", ks.unwrap().statistic);
     assert!(one.value("tofu.ks_statistic").unwrap() > 0.0, "the retrained model is another one");
+}
+
+/// The published folder of MUSE gives what its files give by name, in its own and in older names, and says what it lacks.
+#[test]
+fn muse_reads_the_published_folder() {
+    let workshop = workshop();
+    let folder = workshop.path("MUSE-News");
+    let array = |name: &str| -> String {
+        let text = std::fs::read_to_string(workshop.path(&format!("data/{name}.jsonl"))).unwrap();
+        format!("[{}]", text.lines().collect::<Vec<_>>().join(","))
+    };
+    let text = |name: &str| -> String {
+        let rows: Vec<serde_json::Value> = serde_json::from_str(&array(name)).unwrap();
+        rows.iter().map(|row| serde_json::json!({ "text": row["answer"] }).to_string() + "\n").collect()
+    };
+    let write = |name: &str, text: String| {
+        std::fs::create_dir_all(folder.join(name).parent().unwrap()).unwrap();
+        std::fs::write(folder.join(name), text).unwrap();
+    };
+    write("knowmem/forget_qa-00000-of-00001.json", array("forget"));
+    write("knowmem/forget_qa_icl.json", array("holdout"));
+    write("knowmem/retain2_qa.json", array("retain"));
+    write("privleak/forget.jsonl", text("forget"));
+    let config = EVAL.replace("[eval.mia]\nholdout = { path = \"{data}/holdout.jsonl\", kind = \"qa\" }", "[eval.mia]");
+    let (start, _) = config.split_once("verbmem =").unwrap();
+    let config = format!("{start}path = \"{}\"\nlimit = 3\n", folder.display());
+    let config = workshop.config("muse.toml", &config.replace("/evaluation\"", "/muse\""));
+    let run = |set: &[&str]| {
+        let set: Vec<&str> = set.iter().flat_map(|item| ["--set", item]).collect();
+        dunlearn(&[&["eval", "--config", &config, "--label", "it"], &set[..]].concat())
+    };
+    let refused = run(&[]);
+    assert!(!refused.success, "{}", refused.text);
+    for expected in [
+        "MUSE-News lacks verbmem/forget, knowmem/retain_qa_icl or knowmem/retain2_qa_icl; looked for NAME.jsonl",
+        "verbmem is not there or holds no data, knowmem holds forget_qa, forget_qa_icl, retain2_qa;",
+        "name files with eval.muse.verbmem, eval.muse.knowmem_retain_icl",
+    ] {
+        assert!(refused.text.contains(expected), "{expected}: {}", refused.text);
+    }
+    write("knowmem/retain2_qa_icl.json", array("holdout"));
+    std::fs::create_dir_all(folder.join("verbmem")).unwrap();
+    std::fs::copy(workshop.path("data/verbmem.jsonl"), folder.join("verbmem/forget.jsonl")).unwrap();
+    let refused = run(&[]);
+    let expected = "lacks privleak/holdout; looked for";
+    assert!(refused.text.contains(expected) && refused.text.contains("eval.mia.holdout"), "{}", refused.text);
+    write("privleak/holdout.jsonl", text("holdout"));
+    let done = run(&[r#"eval.suites=["muse", "mia"]"#]);
+    assert!(done.success, "{}", done.text);
+    let file = results("muse");
+    let published = Evaluation::read(&file).unwrap().with_all_items(&file).unwrap();
+    assert_eq!(published.items["mia_holdout"].len(), text("holdout").lines().count());
+    let named =
+        |key: &str, name: &str| format!("eval.muse.{key}={}", workshop.path(&format!("data/{name}.jsonl")).display());
+    let names = [
+        named("verbmem", "verbmem"),
+        named("knowmem_forget", "forget"),
+        named("knowmem_forget_icl", "holdout"),
+        named("knowmem_retain", "retain"),
+        named("knowmem_retain_icl", "holdout"),
+    ];
+    let names: Vec<&str> = names.iter().map(String::as_str).chain([r#"eval.suites=["muse", "mia"]"#]).collect();
+    let by_name = evaluate(1, "muse_names", &names);
+    for set in ["muse_verbmem", "muse_knowmem_forget", "muse_knowmem_retain"] {
+        assert_eq!(published.items[set], by_name.items[set], "{set}");
+        assert_eq!(published.data[set], by_name.data[set], "{set}");
+    }
 }
 
 fn items_of<'a>(one: &'a Evaluation, set: &str) -> &'a [Item] {
@@ -295,6 +367,7 @@ fn wrong_data_is_refused_with_its_place() {
         &[format!("eval.mia.holdout.path={}", workshop.path("data/forget.jsonl").display())],
         "are forget texts too",
     );
+    refused(&["eval.mia.recall=1000".to_owned()], "eval.mia.recall: is 1000, and eval.mia.holdout has");
     refused(&["eval.choice.shots=2".to_owned()], "eval.choice.examples: missing; shots = 2 needs examples");
     refused(&[r#"eval.suites=["wmdp"]"#.to_owned()], "eval.suites: lists \"wmdp\", which has no table");
 }

@@ -12,6 +12,7 @@ mod golden_logits;
 mod golden_step;
 mod launch;
 mod layouts;
+mod membership;
 mod methods;
 mod planned;
 mod planning;

@@ -76,6 +76,45 @@ fn every_recipe_takes_a_step() {
     }
 }
 
+/// The attacks on the quickstart's model, with fewer steps, on the model of the workshop.
+#[test]
+fn the_quickstarts_attacks_run() {
+    let workshop = Workshop::new(MODEL);
+    let text = read("configs/quickstart_attack.toml");
+    let text = text.replace("runs/quickstart_base/model", "{data}/model").replace("runs/quickstart_data", "{data}");
+    let config = workshop.config("attack.toml", &text.replace("\"runs/quickstart\"", "\"{runs}/attacked\""));
+    // a model of the run that is another than the one before
+    let model = workshop.path("attacked/model");
+    std::fs::create_dir_all(&model).unwrap();
+    for entry in std::fs::read_dir(workshop.path("data/model")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+    }
+    let weights = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let len = bytes.len();
+    bytes[len - 40_000..].as_chunks_mut::<4>().0.reverse();
+    std::fs::write(&weights, bytes).unwrap();
+    let fewer = ["relearn", "benign"].map(|name| format!("eval.attack.{name}.training.steps=2"));
+    let mut arguments = vec!["attack", "--config", &config];
+    fewer.iter().for_each(|item| arguments.extend(["--set", item]));
+    arguments.extend(["--set", "eval.max_samples=4"]);
+    let done = mpirun(2, &arguments);
+    assert!(done.success, "{}", done.text);
+    let results = std::fs::read_to_string(workshop.path("attacked/eval/attack.json")).unwrap();
+    let results: Value = serde_json::from_str(&results).unwrap();
+    let metrics = results["metrics"].as_object().unwrap();
+    for attack in ["int8", "int4", "nf4", "in_context", "krs", "latent", "relearn", "benign"] {
+        let start = format!("attack.{attack}.");
+        assert!(metrics.keys().any(|name| name.starts_with(&start)), "{attack}: {:?}", metrics.keys());
+    }
+    // what needs the original model is refused before the minutes that the others take
+    let same = ["attack", "--config", &config, "--model", &workshop.path("data/model").display().to_string()];
+    let refused = dunlearn(&[&same[..], &["--set", "parallel.tp=1"]].concat());
+    assert!(!refused.success && refused.text.contains("eval.attack.krs needs the original model"), "{}", refused.text);
+    assert!(!refused.text.contains("attacks on the"), "{}", refused.text);
+}
+
 /// Every value of a recipe says where it is from, and every objective has a recipe.
 #[test]
 fn recipes_are_complete_and_sourced() {

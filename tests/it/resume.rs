@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use dunlearn::checkpoint::state::{StateFiles, What, write};
 use dunlearn::checkpoint::store::FORMAT;
-use dunlearn::checkpoint::{Manifest, Saved, StateFile};
+use dunlearn::checkpoint::{Manifest, Saved, StateFile, bytes_of};
 use dunlearn::config;
 use dunlearn::data::{Dataset, Order};
 use dunlearn::dist::{World, run_threads};
@@ -72,6 +72,8 @@ fn run(
                     let folder = to.join(format!("{:02}", step + 1));
                     std::fs::create_dir_all(&folder).unwrap();
                     let path = folder.join(format!("{}.safetensors", world.mesh.rank));
+                    let sizes: Vec<usize> = trainer.state_parts(world.mesh, true).map(|part| bytes_of(&part)).collect();
+                    assert_eq!(trainer.state_sizes(world.mesh, true), sizes);
                     let mut slices = trainer.state(world.mesh, true);
                     slices.retain(|slice| match forgotten {
                         Forgotten::FirstMoment => slice.what != What::First,

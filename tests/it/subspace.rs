@@ -327,4 +327,32 @@ fn calibration_finds_the_least_mixture() {
     }
     let refused = dunlearn(&[&common[..4], &["--of", "nothing", "--out", &path("none")]].concat());
     assert!(!refused.success && refused.text.contains("its sets are forget, retain"), "{}", refused.text);
+
+    // several runs side by side, by the paper's number
+    run("weak", 1, &["subspace={ strength = 2.0 }"]);
+    let (strong, weak) = (path("strong"), path("weak"));
+    let both = ["weights", "calibrate", &strong, &weak, "--metric", "extraction_strength", "--evaluations", "4"];
+    let told = dunlearn(&both);
+    good(&told);
+    assert!(told.text.contains("extraction_strength; calibrated: with the least share"), "{}", told.text);
+    let done = dunlearn(&[&both[..], &["--json"]].concat());
+    good(&done);
+    let all: Value =
+        serde_json::from_str(&done.text[done.text.find('[').unwrap()..=done.text.rfind(']').unwrap()]).unwrap();
+    assert_eq!((all[0]["run"].as_str(), all[1]["run"].as_str()), (Some(strong.as_str()), Some(weak.as_str())));
+    assert_eq!(number(&all[0], "before"), number(&all[1], "before"), "one model before");
+    for one in all.as_array().unwrap() {
+        let share = number(one, "share");
+        let found = one["tried"].as_array().unwrap().iter().find(|mixture| number(mixture, "share") == share).unwrap();
+        let of = |set: &str| number(&found["metrics"][format!("{set}.extraction_strength")], "value");
+        assert!(of("retain") >= number(one, "bar"), "{one}");
+        let start = format!("{} ", one["run"].as_str().unwrap());
+        for set in ["forget", "retain"] {
+            let found = |line: &&str| line.trim_start().starts_with(&start) && line.contains(set);
+            let line = told.text.lines().find(found).unwrap();
+            assert!(line.contains(&format!("{share:.4}")) && line.ends_with(&format!("{:.4}", of(set))), "{line}");
+        }
+    }
+    let refused = dunlearn(&[&both[..], &["--out", &path("none")]].concat());
+    assert!(!refused.success && refused.text.contains("--out: there are 2 runs"), "{}", refused.text);
 }

@@ -244,6 +244,11 @@ impl Encoder {
         self.special.contains(&token)
     }
 
+    /// Whether a token stands before every text.
+    pub fn begins_text(&self, token: i32) -> bool {
+        self.bos == Some(token)
+    }
+
     /// Whether generation stops at a token.
     pub fn ends_text(&self, token: i32) -> bool {
         self.eos.contains(&token)

@@ -61,6 +61,14 @@ impl TextScore {
         lowest(z.collect(), share).map(|mean| -mean)
     }
 
+    /// Minus the log-likelihood of the answer behind other texts (`behind`) over its own (ReCaLL, arXiv 2406.15968): texts that the model
+    /// was trained on lose more from what stands before them. None without an answer, or where it is certain anyway.
+    pub fn recall(&self, behind: &Self) -> Option<f64> {
+        let sum = |score: &Self| score.logprobs[..score.len()].iter().map(|&x| f64::from(x)).sum::<f64>();
+        let own = sum(self);
+        (self.len() > 0 && own != 0.0).then(|| -sum(behind) / own)
+    }
+
     /// `count` of the answer's tokens. Where there are no log-probabilities there is no first choice either.
     fn share(&self, count: usize) -> Option<f64> {
         let len = self.len();

@@ -1,6 +1,7 @@
 //! One forward pass of a text gives everything that is computed of its tokens: log-probabilities, whether each is the model's first
 //! choice, and mean and variance over the vocabulary. [`measures`] turns them into numbers an item.
 
+mod gradient;
 mod measures;
 mod wire;
 
@@ -12,6 +13,7 @@ use crate::data::{Item, MicroBatch, Sample, Sequence, Stream, pack, share};
 use crate::dist::World;
 use crate::model::{Decoder, Keep, Weights};
 
+pub use gradient::gradient_norms;
 pub use measures::Floor;
 
 /// A sequence and the tokens whose log-probabilities are asked for.

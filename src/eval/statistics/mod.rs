@@ -4,7 +4,6 @@
 //! names the value and its place.
 
 mod auc;
-mod calibration;
 mod kolmogorov_smirnov;
 mod means;
 mod overall;
@@ -14,7 +13,6 @@ mod tofu;
 mod tradeoff;
 
 pub use auc::{Interval, priv_leak, roc_auc, roc_auc_interval};
-pub use calibration::{Calibration, calibrate};
 pub use kolmogorov_smirnov::{KolmogorovSmirnov, kolmogorov_smirnov};
 pub use means::{harmonic_mean, mean, mean_interval};
 pub use overall::{Memorisation, Overall, overall, privacy_closeness};

@@ -2,6 +2,7 @@
 
 use crate::eval::record::{Better, Evaluation, Item, Metric};
 use crate::eval::statistics::{self, StatisticsError};
+use crate::eval::text::RougeTokens;
 
 /// Resamples of a bootstrap interval.
 pub(super) const RESAMPLES: usize = 1000;
@@ -40,11 +41,21 @@ pub(super) fn aggregate(
 ) {
     let items = out.items.get(set).map_or(&[][..], Vec::as_slice);
     let (values, all, lacking) = (numbers(items, number), items.len(), missing(items, number));
+    let silent = items.iter().filter(|item| missing(std::slice::from_ref(item), number) > 0 && is_silent(item)).count();
     let name = format!("{set}.{metric}");
-    if lacking > 0 {
-        out.warn(format!("{set}: {lacking} of {all} items have no {number}; {name} is of the others"));
+    // an answer without a word lacks every number of what was written: told once, where the first of them is looked for
+    if silent > 0 && number.starts_with("rouge") {
+        out.warn(format!("{set}: {silent} of {all} answers hold no word; {name} is of the others"));
+    }
+    if lacking > silent {
+        out.warn(format!("{set}: {} of {all} items have no {number}; {name} is of the others", lacking - silent));
     }
     put(out, &name, Some(set), of(&values), values.len(), better);
+}
+
+/// Whether the model wrote something, and no word of it.
+fn is_silent(item: &Item) -> bool {
+    item.generation.as_ref().is_some_and(|written| RougeTokens::new(written, false).is_empty())
 }
 
 /// Puts a metric that may have no value; says why.
@@ -66,5 +77,35 @@ pub(super) fn put(
 pub(super) fn give(item: &mut Item, name: &str, value: Option<f64>) {
     if let Some(value) = value {
         item.numbers.insert(name.to_owned(), value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::record::empty;
+
+    #[test]
+    fn what_is_missing_is_told_once() {
+        let item = |written: &str, numbers: &[&str]| Item {
+            generation: Some(written.to_owned()),
+            numbers: numbers.iter().map(|name| ((*name).to_owned(), 0.5)).collect(),
+            ..Item::default()
+        };
+        let both = ["rouge_l_recall", "variety"];
+        let items = vec![item("two words", &both), item("", &[]), item("?!", &["variety"]), item("word", &both[..1])];
+        let mut out = empty("x");
+        out.items.insert("set".to_owned(), items);
+        for number in both {
+            mean_of(&mut out, "set", number, number, Better::Higher);
+        }
+        assert_eq!(
+            out.warnings,
+            [
+                "set: 2 of 4 answers hold no word; set.rouge_l_recall is of the others",
+                "set: 1 of 4 items have no variety; set.variety is of the others"
+            ]
+        );
+        assert_eq!(out.metrics["set.variety"].n, 2);
     }
 }

@@ -1,12 +1,12 @@
 //! What all suites ask of a model, each text and prompt once, and what it answered.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Instant;
 
 use crate::data::Encoder;
 use crate::eval::error::EvalError;
 use crate::eval::generate::{GenerateOptions, generate};
-use crate::eval::scores::{Asked, Text, TextScore, score};
+use crate::eval::scores::{Asked, Text, TextScore, gradient_norms, score};
 use crate::telemetry::Console;
 
 /// A prompt that the model is to continue greedily.
@@ -23,6 +23,8 @@ pub struct Prompt {
 pub struct Requests<'a> {
     texts: Vec<(&'a Text, bool)>,
     places: HashMap<&'a Text, usize>,
+    gradients: Vec<&'a Text>,
+    pulled: HashSet<&'a Text>,
     prompts: Vec<&'a Prompt>,
     known: HashMap<&'a Prompt, usize>,
 }
@@ -30,6 +32,7 @@ pub struct Requests<'a> {
 /// What the model answered.
 pub struct Seen<'a> {
     scores: HashMap<&'a Text, TextScore>,
+    gradient_norms: HashMap<&'a Text, Option<f64>>,
     continuations: HashMap<&'a Prompt, String>,
 }
 
@@ -41,6 +44,13 @@ impl<'a> Requests<'a> {
             self.texts.len() - 1
         });
         self.texts[place].1 |= moments;
+    }
+
+    /// Asks for the norm of the gradient of a text's loss.
+    pub fn gradient(&mut self, text: &'a Text) {
+        if self.pulled.insert(text) {
+            self.gradients.push(text);
+        }
     }
 
     /// Asks for a continuation.
@@ -75,8 +85,25 @@ impl<'a> Requests<'a> {
         }
         drop(bar);
         seconds.insert("scores".to_owned(), started.elapsed().as_secs_f64());
+        let gradient_norms = self.gradient_norms(model, console, seconds);
         let continuations = self.continuations(model, encoder, console, seconds)?;
-        Ok(Seen { scores, continuations })
+        Ok(Seen { scores, gradient_norms, continuations })
+    }
+
+    fn gradient_norms(
+        &self,
+        model: Asked,
+        console: &Console,
+        seconds: &mut BTreeMap<String, f64>,
+    ) -> HashMap<&'a Text, Option<f64>> {
+        if self.gradients.is_empty() {
+            return HashMap::new();
+        }
+        let started = Instant::now();
+        let mut bar = console.progress("gradients", self.gradients.len().div_ceil(model.world.mesh.dp) as u64, "texts");
+        let norms = gradient_norms(model, &self.gradients, |n| bar.advance(n as u64, ""));
+        seconds.insert("gradients".to_owned(), started.elapsed().as_secs_f64());
+        self.gradients.iter().copied().zip(norms).collect()
     }
 
     /// Refuses what the model has no tokens or positions for.
@@ -138,6 +165,11 @@ impl Seen<'_> {
     /// The scores of a text that was asked for.
     pub fn score(&self, text: &Text) -> &TextScore {
         self.scores.get(text).expect("invariant: a suite asked for it")
+    }
+
+    /// The norm of the gradient of a text that it was asked for; None of a text without an answer.
+    pub fn gradient_norm(&self, text: &Text) -> Option<f64> {
+        *self.gradient_norms.get(text).expect("invariant: a suite asked for it")
     }
 
     /// How the model went on.

@@ -187,11 +187,6 @@ impl Suite for TofuSuite {
                 mean_of(out, set.name, "extraction_strength", "extraction_strength", Better::Higher);
             }
             if set.questions.iter().any(|question| question.prompt.is_some()) {
-                let empty =
-                    out.items[set.name].iter().filter(|item| !item.numbers.contains_key("rouge_l_recall")).count();
-                if empty > 0 {
-                    out.warn(format!("{}: {empty} of {} answers hold no word", set.name, set.questions.len()));
-                }
                 mean_of(out, set.name, "rouge_l_recall", "rouge_l_recall", better);
                 if forget {
                     mean_of(out, set.name, "variety", "variety", Better::Higher);

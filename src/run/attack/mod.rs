@@ -51,6 +51,7 @@ pub fn attack(config: &Config, options: &AttackOptions, context: &Context) -> Re
     let settings = config.eval.attack.clone().unwrap_or_default();
     context.world.watchdog.set_deadline(Duration::from_secs(config.run.timeout).max(FILES_DEADLINE));
     let targets = targets(config, options)?;
+    probes::check(&settings, &targets)?;
     let started = Instant::now();
     let mut all = Gathered { out: None };
     for target in &targets {

@@ -8,6 +8,25 @@ use crate::eval::{Better, Curve, Item, Metric};
 use crate::run::frozen::{Frozen, facts};
 use crate::run::{Context, RunError};
 
+/// Says what a probe that is asked for lacks.
+///
+/// # Errors
+/// A model that is needed and not there.
+pub(super) fn check(settings: &Attack, targets: &[Target]) -> Result<(), RunError> {
+    let needed = [
+        (settings.krs.is_some(), "krs", "original"),
+        (settings.depth.is_some(), "depth", "original"),
+        (settings.depth.is_some(), "depth", "retrained"),
+    ];
+    let lacking = |(asked, _, name): &&(bool, &str, &str)| *asked && !targets.iter().any(|target| target.name == *name);
+    match needed.iter().find(lacking) {
+        Some((_, key, name)) => Err(RunError::Refused(format!(
+            "eval.attack.{key} needs the {name} model, another one than that under attack; write eval.{name} = \"DIR\""
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// Runs the probes that are asked for. All ranks call it.
 ///
 /// # Errors
@@ -26,17 +45,15 @@ pub(super) fn probe(
     let mut config = config.clone();
     config.parallel.sequence_parallel = false;
     let world = &context.world;
-    let load = |name: &str, key: &str| -> Result<Frozen, RunError> {
-        let target = targets.iter().find(|target| target.name == name).ok_or_else(|| {
-            RunError::Refused(format!("eval.attack.{key} needs the {name} model; write eval.{name} = \"DIR\""))
-        })?;
+    let load = |name: &str| -> Result<Frozen, RunError> {
+        let target = targets.iter().find(|target| target.name == name).expect("invariant: checked before");
         let model = facts(&target.folder, &config, world)?;
         Frozen::load(model, &config, world, context.device, &context.console)
     };
     let template = config.data.template.clone().unwrap_or(Template::Named(TemplateName::Chat));
     let encoder = Encoder::from_folder(&targets[0].folder, &template, config.data.system.as_deref())?;
     let key = if settings.krs.is_some() { "krs" } else { "depth" };
-    let (unlearned, original) = (load("unlearned", key)?, load("original", key)?);
+    let (unlearned, original) = (load("unlearned")?, load("original")?);
     same_shape(&unlearned, &original, key)?;
     let most = if config.eval.max_samples == 0 { usize::MAX } else { config.eval.max_samples };
     let source = config.data.forget.as_ref().expect("invariant: the configuration was validated");
@@ -68,7 +85,7 @@ pub(super) fn probe(
         }
     }
     if let Some(field) = &settings.depth {
-        let retrained = load("retrained", "depth")?;
+        let retrained = load("retrained")?;
         same_shape(&unlearned, &retrained, "depth")?;
         let (samples, words) = spans(&config, field, most, &encoder)?;
         let mut bar = context.console.progress("depth", samples.len().div_ceil(world.mesh.dp) as u64, "samples");
