@@ -1,15 +1,18 @@
 //! Process-wide settings of the host: the allocator's thresholds and how a process ends.
 
+/// Memory of this size and more goes back to the system when it is freed; smaller ones are kept for the next. Unit: bytes.
+pub const MAPPED: usize = 32 << 20;
+
 /// Lets glibc keep freed memory instead of giving it back after every tensor.
 ///
 /// By default every tensor above 128 KiB is a fresh mapping: zeroed by the kernel on first touch and unmapped on free. A
-/// training step allocates the same sizes again and again; with these settings those below 32 MiB are reused. Larger ones
+/// training step allocates the same sizes again and again; with these settings those below [`MAPPED`] are reused. Larger ones
 /// stay mappings: kept in the heap, buffers whose size changes from step to step would tear it into holes.
 pub fn keep_freed_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt only sets two integers; it is called before other threads exist.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED as i32);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
     }
 }
@@ -23,6 +26,15 @@ pub fn raise_open_files() {
             limit.rlim_cur = limit.rlim_max;
             libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
         }
+    }
+}
+
+/// Gives freed memory that was kept back to the system.
+pub fn give_back_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the allocator locks itself; memory that is in use is not touched.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

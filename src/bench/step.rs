@@ -1,7 +1,5 @@
 //! A step of NPO with a retain term on a random model and random samples.
 
-use std::convert::Infallible;
-use std::rc::Rc;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -13,15 +11,10 @@ use crate::abi::{driver, host};
 use crate::config;
 use crate::data::{self, Dataset, Order, Text, Wanted};
 use crate::dist::{Reduce, World};
-use crate::model::init;
-use crate::model::sharding::Table;
-use crate::model::{Architecture, Decoder, Keep, LogitsPool, ModelError, ReferenceHead};
+use crate::model::{Architecture, ModelError, ReferenceHead};
 use crate::plan;
-use crate::telemetry::{Clock, PARTS, Part, table};
-use crate::train::{
-    self, Batches, Cuts, GradientBuffers, GradientOptions, Layout, Optimizer, Parameters, Reference, Schedule, Trainer,
-    TrainerOptions,
-};
+use crate::telemetry::{PARTS, Part, table};
+use crate::train::{Batches, Cuts, RandomTrainer, Reference, Trainer};
 use crate::unlearn;
 
 /// What to time.
@@ -85,7 +78,7 @@ pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Re
     };
     let context = used_bytes(bench.device);
     let (forget, retain) = (samples(bench, "forget"), samples(bench, "retain"));
-    let mut trainer = trainer(bench, kind, world)?;
+    let mut trainer = trainer(bench, world)?;
     let reference = Fixed { logprobs: forget.samples.iter().map(|s| vec![-2.0; s.scored.len()]).collect() };
     let batches = Batches {
         order: Order::new(0, false, forget.samples.len(), retain.samples.len(), bench.train.global_batch),
@@ -184,12 +177,8 @@ pub fn step(bench: &StepBench, world: &World, mut seen: impl FnMut(usize)) -> Re
 
 /// A trainer after a few steps, and the seconds of the last of them.
 pub(super) fn prepared(bench: &StepBench, world: &World) -> Result<(Trainer, f64), ModelError> {
-    let kind = match bench.train.precision {
-        config::Precision::Bf16 => Kind::BFloat16,
-        config::Precision::F32 => Kind::Float,
-    };
     let (forget, retain) = (samples(bench, "forget"), samples(bench, "retain"));
-    let mut trainer = trainer(bench, kind, world)?;
+    let mut trainer = trainer(bench, world)?;
     let reference = Fixed { logprobs: forget.samples.iter().map(|s| vec![-2.0; s.scored.len()]).collect() };
     let batches = Batches {
         order: Order::new(0, false, forget.samples.len(), retain.samples.len(), bench.train.global_batch),
@@ -278,55 +267,11 @@ fn operations(arch: &Architecture, batches: &Batches, step: usize) -> f64 {
         .sum()
 }
 
-fn trainer(bench: &StepBench, kind: Kind, world: &World) -> Result<Trainer, ModelError> {
-    let (mesh, device) = (world.mesh, bench.device);
-    let config::Parallel { sequence_parallel, reduce_dtype, .. } = bench.parallel;
-    let table = Table::new(&bench.arch, mesh.tp, mesh.tp_rank(), sequence_parallel)?;
-    let layout = Layout::of(&table, &bench.parallel, mesh);
-    let source = |id: usize, piece: &crate::model::sharding::Piece| {
-        let param = &table.params[id];
-        Ok::<Tensor, Infallible>(if device == Device::Cpu || param.shape.len() == 1 {
-            init::initial(param, piece, 0, 0.02)
-        } else {
-            // billions of numbers that only have to be numbers: drawn where they are used
-            Tensor::randn(&piece.size, (Kind::BFloat16, device)) * 0.02
-        })
-    };
-    let Ok(parameters) = Parameters::new(&table, layout, kind, device, source);
-    let method = config::Method::new(config::Objective::Npo, config::Retain::Nll);
-    let decoder = Decoder {
-        arch: bench.arch.clone(),
-        table,
-        tp: Rc::clone(&world.tp),
-        sequence_parallel,
-        device,
-        clock: Clock::default(),
-        logits: LogitsPool::default(),
-    };
-    let holding = GradientOptions {
-        kind: train::kind(bench.train.grad_dtype),
-        reduce: train::kind(reduce_dtype),
-        release: bench.optimizer.in_backward,
-        device,
-    };
-    Ok(Trainer {
-        gradients: GradientBuffers::new(&decoder.table, &parameters.layout, &world.tp, &world.dp, holding),
-        optimizer: Optimizer::new(&bench.optimizer, &decoder.table, &parameters),
-        schedule: Schedule::new(&config::Schedule::default(), bench.optimizer.lr, bench.steps + WARM_UP + 2, 1),
-        method: unlearn::method(&method, 0, 1),
-        options: TrainerOptions {
-            keep: match bench.train.recompute {
-                config::Recompute::None => Keep::Everything,
-                config::Recompute::HalfBlock => Keep::Inputs,
-            },
-            logits_bytes: bench.train.logits_mib * 1048576.0,
-            max_grad_norm: bench.optimizer.max_grad_norm,
-            in_backward: bench.optimizer.in_backward,
-        },
-        broken: Trainer::whole(device),
-        decoder,
-        parameters,
-    })
+fn trainer(bench: &StepBench, world: &World) -> Result<Trainer, ModelError> {
+    let StepBench { arch, parallel, train, optimizer, device, steps, .. } = bench;
+    let method = unlearn::method(&config::Method::new(config::Objective::Npo, config::Retain::Nll), 0, 1);
+    let (device, steps) = (*device, steps + WARM_UP + 2);
+    RandomTrainer { arch, parallel, train, optimizer, method, device, steps }.build(world)
 }
 
 /// Random tokens; lengths between a half and one and a half of the mean.

@@ -83,7 +83,7 @@ pub fn main() -> ExitCode {
             Ok(())
         }
         Some(Verb::Config { verb: ConfigVerb::Show { file, set } }) => show(&file, &set),
-        Some(Verb::Plan(options)) => plan::plan(&options),
+        Some(Verb::Plan(options)) => plan::plan(&options, &launched),
         Some(Verb::Methods(options)) => methods::methods(&options),
         Some(Verb::Bench { verb: BenchVerb::Step(options) }) => bench::step(&options, &launched),
         Some(Verb::Bench { verb: BenchVerb::Rank(options) }) => bench::rank(&options, &launched),

@@ -6,9 +6,11 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Args;
 
+use super::launch::Launched;
+use super::run::{Ranks, set_threads, with_ranks};
 use crate::config::{self, Config, Dp};
 use crate::data::{Dataset, Wanted};
-use crate::dist::Mesh;
+use crate::dist::{Mesh, World};
 use crate::model::{Architecture, families, published};
 use crate::plan::{self, Assumed, Engine, Job, Machine, Plan, assumed};
 use crate::run;
@@ -60,11 +62,19 @@ pub(super) struct PlanOptions {
     json: bool,
 }
 
-pub(super) fn plan(options: &PlanOptions) -> anyhow::Result<()> {
-    tch::no_grad(|| planned(options))
+pub(super) fn plan(options: &PlanOptions, launched: &Launched) -> anyhow::Result<()> {
+    let plan = |ranks: &Ranks| tch::no_grad(|| planned(options, ranks, launched));
+    // ranks that measure do so together
+    if options.gpu == MEASURED { with_ranks(launched, plan) } else { plan(&Ranks::Solo) }
 }
 
-fn planned(options: &PlanOptions) -> anyhow::Result<()> {
+/// The machine that is not on a list.
+const MEASURED: &str = "measured";
+
+/// Longest that ranks wait for each other.
+const TIMEOUT: Duration = Duration::from_secs(600);
+
+fn planned(options: &PlanOptions, ranks: &Ranks, launched: &Launched) -> anyhow::Result<()> {
     let config = config::from_file(&options.config, &options.set)?;
     if config.method.objective.is_weight_space() {
         bail!(
@@ -76,8 +86,17 @@ fn planned(options: &PlanOptions) -> anyhow::Result<()> {
     let mut assumptions = Vec::new();
     let (anchors, retain) = sets(options, &config, &arch, &mut assumptions)?;
     let mesh = mesh(options, &config)?;
-    let host = options.gpu == "measured";
-    let machine = machine(options, mesh, config.train.precision)?;
+    let host = options.gpu == MEASURED;
+    let world = match ranks {
+        Ranks::Solo => World::solo(),
+        ranks => ranks.world(mesh.tp, Some(mesh.dp), TIMEOUT, launched)?,
+    };
+    let machine = if host {
+        set_threads(config.run.threads, &world)?;
+        Machine::host(host_memory() / mesh.world() as f64, plan::base(&config, &arch, &world)?, None)
+    } else {
+        machine(options)?
+    };
     if options.gpu_file {
         print!("{}", toml::to_string(&machine)?);
         return Ok(());
@@ -89,8 +108,10 @@ fn planned(options: &PlanOptions) -> anyhow::Result<()> {
         Job { config: &config, arch: &arch, anchors: &anchors, retain, mesh, engine, machine: &machine, per_node };
     let mut timed = machine.clone();
     if host {
-        let products = job.walk(mesh, 1)?.into_iter().flat_map(|walked| walked.products.into_keys());
-        timed.measured = Some(plan::measure(products, config.train.precision, Duration::from_secs(3)));
+        timed.measured = Some(plan::measure(&job, &world, Duration::from_secs(3))?);
+        if !world.is_first() {
+            return Ok(());
+        }
     }
     let job = Job { machine: &timed, ..job };
     if options.sweep {
@@ -223,11 +244,7 @@ fn mesh(options: &PlanOptions, config: &Config) -> anyhow::Result<Mesh> {
     Ok(Mesh::new(0, world, tp, dp)?)
 }
 
-fn machine(options: &PlanOptions, mesh: Mesh, precision: config::Precision) -> anyhow::Result<Machine> {
-    if options.gpu == "measured" {
-        let memory = host_memory() / mesh.world() as f64;
-        return Ok(Machine::host(memory, plan::base(precision), None));
-    }
+fn machine(options: &PlanOptions) -> anyhow::Result<Machine> {
     let mut machine = match Machine::sheet(&options.gpu) {
         Some(machine) => machine,
         None => {

@@ -10,7 +10,7 @@ use tch::Tensor;
 use super::Mesh;
 
 /// One collective as a transport got it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Call {
     pub axis: &'static str,
     pub op: Op,

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::rank::Rank;
-use super::tally::{Flight, Held, Part, Pass, Tally};
+use super::tally::{Flight, Held, Operands, Part, Pass, Tally};
 use crate::config::Float;
 use crate::dist::wire::{FEW, Op};
 use crate::model::sharding::{Class, ParamId};
@@ -60,16 +60,15 @@ impl Buckets {
         let shape = &rank.table.params[param].shape;
         let (m, n) = (shape[0] as u64, shape[1] as u64);
         let (element, gradient) = (rank.element(), element(rank));
-        t.product(m, tokens, n);
-        if element != gradient {
+        t.product(Operands::Tn, m, tokens, n);
+        if element != gradient && !t.widens() {
             // the product in its own kind, and widened where it is added
             let own = if rank.engine.host { m * n * element } else { 0 };
             let wide = if first { 0 } else { m * n * gradient };
             t.brief(Part::Workspace, own + wide);
-            t.pass(Pass::Chain, if rank.engine.host { m * n * (element + gradient) } else { 0 });
         }
         if !first {
-            t.pass(Pass::Chain, 2 * m * n * gradient);
+            t.pass(Pass::Copy, 2 * m * n * gradient);
         }
     }
 
@@ -86,11 +85,11 @@ impl Buckets {
         let first = !std::mem::replace(&mut self.touched[param], true);
         self.flat(rank, bucket, t);
         if first {
-            t.pass(Pass::Chain, element(rank) * rank.table.params[param].num_elements() as u64);
+            t.pass(Pass::Copy, element(rank) * rank.table.params[param].num_elements() as u64);
         }
         let numbers = rows * rank.hidden();
         t.brief(Part::Workspace, if element(rank) == rank.element() { 0 } else { numbers * element(rank) });
-        t.pass(Pass::Chain, 3 * numbers * element(rank));
+        t.pass(Pass::Copy, 3 * numbers * element(rank));
     }
 
     /// Starts, and with stepping inside backward takes, what a unit's backward completes.
@@ -156,7 +155,7 @@ impl Buckets {
         let reduce = if rank.config.parallel.reduce_dtype == Float::Bf16 { 2 } else { 4 };
         let sent = (reduce != element(rank)).then(|| t.hold(Part::Communication, numbers * reduce));
         if sent.is_some() {
-            t.pass(Pass::Chain, numbers * (reduce + element(rank)));
+            t.pass(Pass::Cast, numbers * (reduce + element(rank)));
         }
         if bucket.own.len() == bucket.len {
             rank.all_reduce("dp", numbers, reduce, t);
@@ -202,7 +201,9 @@ impl Buckets {
 
     fn flat(&mut self, rank: &Rank, bucket: usize, t: &mut Tally) {
         if self.flats[bucket].is_none() {
-            self.flats[bucket] = Some(t.hold(Part::Gradients, rank.layout.buckets[bucket].len as u64 * element(rank)));
+            let bytes = rank.layout.buckets[bucket].len as u64 * element(rank);
+            self.flats[bucket] = Some(t.hold(Part::Gradients, bytes));
+            t.pass(Pass::Fresh, if rank.engine.host { bytes } else { 0 });
         }
     }
 }
@@ -230,10 +231,10 @@ fn update(rank: &Rank, bucket: usize, t: &mut Tally) {
         let largest = bucket.segments(&rank.table).iter().map(|segment| segment.own.len()).max().unwrap_or(0);
         let each = 8 + 4 + element(rank) + rank.element();
         t.brief(Part::Workspace, (share * largest as f64) as u64 * each);
-        t.pass(Pass::Chain, 8 * bucket.own.len() as u64);
+        t.pass(Pass::Copy, 8 * bucket.own.len() as u64);
     }
     // the norm reads what the update reads again
-    t.pass(Pass::Chain, bucket.own.len() as u64 * element(rank));
+    t.pass(Pass::Squares, bucket.own.len() as u64 * element(rank));
     t.pass(Pass::Optimizer, (share * bucket.own.len() as f64) as u64);
 }
 

@@ -2,7 +2,7 @@
 
 use super::layers::Heads;
 use super::rank::{Rank, Shape};
-use super::tally::{Held, Part, Pass, Product, Tally};
+use super::tally::{Held, Operands, Part, Pass, Product, Tally};
 use crate::kernels::attention::Group;
 use crate::model::cut_on_host;
 
@@ -14,7 +14,7 @@ pub fn forward(rank: &Rank, s: &Shape, layer: usize, heads: Heads, t: &mut Tally
         for &(_, len) in &s.spans {
             scores(len as u64, rank.arch.windows[layer], heads, 2, t);
         }
-        t.pass(Pass::Chain, s.tokens * (heads.row() + heads.q * heads.dim) * e);
+        t.pass(Pass::Packing, s.tokens * (heads.row() + heads.q * heads.dim) * e);
         let kept = if flash(rank) { 4 * heads.q * s.tokens } else { explicit(s, heads, t) };
         return (mixed, t.hold(Part::Workspace, kept));
     }
@@ -25,12 +25,12 @@ pub fn forward(rank: &Rank, s: &Shape, layer: usize, heads: Heads, t: &mut Tally
         let held = t.hold(Part::Workspace, 2 * packed.q + 2 * packed.kv);
         log_sums += packed.log_sums;
         let sums = t.hold(Part::Workspace, log_sums);
-        t.brief(Part::Workspace, packed.scores);
+        t.brief(Part::Workspace, packed.chunk_bytes);
         t.brief(Part::Workspace, packed.log_sums);
         t.free_all([held, sums]);
         packed.forward(heads, t);
-        t.pass(Pass::Exponentials, packed.exponentials());
-        t.pass(Pass::Chain, 4 * packed.q + 4 * packed.kv);
+        t.pass(Pass::Scores, packed.scores());
+        t.pass(Pass::Packing, 4 * packed.q + 4 * packed.kv);
     }
     for &(_, len) in &long {
         let len = len as u64;
@@ -49,7 +49,7 @@ pub fn backward(rank: &Rank, s: &Shape, layer: usize, heads: Heads, t: &mut Tall
         for &(_, len) in &s.spans {
             scores(len as u64, rank.arch.windows[layer], heads, 5, t);
         }
-        t.pass(Pass::Chain, 2 * s.tokens * (heads.row() + heads.q * heads.dim) * e);
+        t.pass(Pass::Packing, 2 * s.tokens * (heads.row() + heads.q * heads.dim) * e);
         if flash(rank) {
             // the three gradients by themselves, q's sum in f32, and one number a row
             let (q, row) = (heads.q * heads.dim, heads.row());
@@ -63,11 +63,11 @@ pub fn backward(rank: &Rank, s: &Shape, layer: usize, heads: Heads, t: &mut Tall
     for group in &groups {
         let packed = Packed::new(group, heads, e);
         let held = t.hold(Part::Workspace, 3 * packed.q + 4 * packed.kv);
-        t.brief(Part::Workspace, 2 * packed.scores);
+        t.brief(Part::Workspace, 2 * packed.chunk_bytes);
         t.free(held);
         packed.backward(heads, t);
-        t.pass(Pass::Exponentials, packed.exponentials());
-        t.pass(Pass::Chain, 6 * packed.q + 8 * packed.kv + 3 * e * packed.exponentials());
+        t.pass(Pass::ScoresBackward, packed.scores());
+        t.pass(Pass::Packing, 6 * packed.q + 8 * packed.kv);
     }
     for &(_, len) in &long {
         let len = len as u64;
@@ -99,25 +99,31 @@ fn scores(len: u64, window: Option<i64>, heads: Heads, products: u64, t: &mut Ta
     let seen = window.map_or(len, |window| (window as u64).min(len));
     // a triangle, and then a band
     let pairs = seen * (seen + 1) / 2 + (len - seen) * seen;
-    t.products_of(Product { rows: pairs, inner: heads.dim, columns: 1, batch: products * heads.q });
+    t.products_of(Product {
+        operands: Operands::Nt,
+        rows: pairs,
+        inner: heads.dim,
+        columns: 1,
+        batch: products * heads.q,
+    });
 }
 
 /// One group of sequences, packed head by head.
-struct Packed {
+pub(super) struct Packed {
     /// Bytes of q and of k (or v).
-    q: u64,
-    kv: u64,
+    pub q: u64,
+    pub kv: u64,
     /// Bytes of one chunk of scores, and of all log-sums.
-    scores: u64,
+    chunk_bytes: u64,
     log_sums: u64,
     entries: u64,
-    chunk: u64,
-    rows: u64,
-    width: u64,
+    pub chunk: u64,
+    pub rows: u64,
+    pub width: u64,
 }
 
 impl Packed {
-    fn new(group: &Group, heads: Heads, e: u64) -> Self {
+    pub fn new(group: &Group, heads: Heads, e: u64) -> Self {
         let share = heads.q / heads.kv;
         let entries = group.entries(heads.kv as usize, share as usize) as u64;
         let (chunk, width) = (group.chunk(share as usize) as u64, group.width as u64);
@@ -125,7 +131,7 @@ impl Packed {
         Self {
             q: entries * rows * heads.dim * e,
             kv: entries * width * heads.dim * e,
-            scores: chunk * rows * width * e,
+            chunk_bytes: chunk * rows * width * e,
             log_sums: entries * rows * 4,
             entries,
             chunk,
@@ -134,26 +140,29 @@ impl Packed {
         }
     }
 
-    fn exponentials(&self) -> u64 {
+    /// Elements.
+    fn scores(&self) -> u64 {
         self.entries * self.rows * self.width
     }
 
     /// Scores and mixed values, of each chunk.
     fn forward(&self, heads: Heads, t: &mut Tally) {
-        self.products(&[(self.rows, heads.dim, self.width), (self.rows, self.width, heads.dim)], t);
+        let (rows, width, dim) = (self.rows, self.width, heads.dim);
+        self.products(&[(Operands::Nt, rows, dim, width), (Operands::Nn, rows, width, dim)], t);
     }
 
     /// Scores again, then the gradients of values, scores, queries and keys.
     fn backward(&self, heads: Heads, t: &mut Tally) {
         let (rows, width, dim) = (self.rows, self.width, heads.dim);
-        let all = [(rows, dim, width), (width, rows, dim), (rows, dim, width), (rows, width, dim), (width, rows, dim)];
-        self.products(&all, t);
+        let scores = (Operands::Nt, rows, dim, width);
+        let of_keys = (Operands::Tn, width, rows, dim);
+        self.products(&[scores, of_keys, scores, (Operands::Nn, rows, width, dim), of_keys], t);
     }
 
-    fn products(&self, all: &[(u64, u64, u64)], t: &mut Tally) {
+    fn products(&self, all: &[(Operands, u64, u64, u64)], t: &mut Tally) {
         for _ in 0..self.entries / self.chunk {
-            for &(rows, inner, columns) in all {
-                t.products_of(Product { rows, inner, columns, batch: self.chunk });
+            for &(operands, rows, inner, columns) in all {
+                t.products_of(Product { operands, rows, inner, columns, batch: self.chunk });
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use super::buckets::Buckets;
 use super::rank::Rank;
-use super::tally::{Held, Part, Pass, Tally};
+use super::tally::{Held, Operands, Part, Pass, Tally};
 use crate::dist::wire::Op;
 use crate::kernels::distribution::OTHERS;
 use crate::kernels::softmax::STATISTICS;
@@ -40,7 +40,7 @@ impl Chosen {
 impl Pool {
     fn product(&mut self, rank: &Rank, rows: u64, t: &mut Tally) -> Logits {
         let width = rank.table.vocab.end - rank.table.vocab.start;
-        t.product(rows, rank.hidden(), width as u64);
+        t.product(Operands::Nt, rows, rank.hidden(), width as u64);
         let rows = rows as i64;
         match self.0.pop() {
             Some((len, held)) if len >= rows * width => Logits(len, held),
@@ -80,7 +80,7 @@ impl Rank<'_> {
         let rows = self.rows(asked, t);
         for len in rows.chunks() {
             let z = pool.product(self, len, t);
-            t.pass(Pass::Exponentials, len * self.vocabulary());
+            t.pass(Pass::Logits, len * self.vocabulary());
             pool.give_back(z);
         }
         self.combine(rows.filled, STATISTICS, t);
@@ -103,15 +103,15 @@ impl Rank<'_> {
         let mut kept = Vec::new();
         for len in rows.chunks() {
             let mut logits = vec![pool.product(self, len, t)];
-            t.pass(Pass::Exponentials, len * vocab);
+            t.pass(Pass::Logits, len * vocab);
             if reference {
                 logits.push(pool.product(self, len, t));
-                t.pass(Pass::Exponentials, 2 * len * vocab);
+                t.pass(Pass::Logits, 2 * len * vocab);
                 // its log-sums are of all ranks, chunk by chunk
                 self.combine(len, STATISTICS, t);
             }
             if matches!(term, Term::Distribution(kind) if !kind.needs_reference()) {
-                t.pass(Pass::Exponentials, len * vocab);
+                t.pass(Pass::Logits, len * vocab);
             }
             if single {
                 kept = logits;
@@ -144,12 +144,12 @@ impl Rank<'_> {
             } else {
                 std::mem::take(&mut kept)
             };
-            t.pass(Pass::Exponentials, len * vocab * if reference { 2 } else { 1 });
+            t.pass(Pass::Logits, len * vocab * if reference { 2 } else { 1 });
             if let Some(buckets) = &mut buckets {
                 buckets.product(self, self.table.head, len, t);
             }
             parts.push(t.hold(Part::Head, len * h * e));
-            t.product(len, vocab, h);
+            t.product(Operands::Nn, len, vocab, h);
             logits.into_iter().for_each(|logits| pool.give_back(logits));
         }
         let joined = t.hold(Part::Head, if parts.len() > 1 { rows.filled * h * e } else { 0 });

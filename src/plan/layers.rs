@@ -120,7 +120,7 @@ impl Rank<'_> {
         // nothing of this is repeated in backward
         self.linear(layer, param, s.tokens, t);
         let y = self.reduce_tokens(partial, s, t);
-        t.pass(Pass::Chain, 3 * s.own * h * e);
+        t.pass(Pass::Copy, 3 * s.own * h * e);
         let kept = |held, t: &mut Tally| t.recast(held, Part::Activations);
         match keep {
             Keep::Nothing => {
@@ -148,7 +148,7 @@ impl Rank<'_> {
         let qkv = t.hold(Part::Workspace, tokens * heads.row() * e);
         self.linear(layer, self.table.layers[layer].qkv, tokens, t);
         if self.arch.qkv_bias {
-            t.pass(Pass::Chain, 2 * tokens * heads.row() * e);
+            t.pass(Pass::Copy, 2 * tokens * heads.row() * e);
         }
         let mut normed_heads = Vec::new();
         if self.arch.qk_norm {
@@ -159,7 +159,7 @@ impl Rank<'_> {
                 t.free(copy);
             }
         }
-        t.pass(Pass::Chain, 2 * tokens * (heads.q + heads.kv) * heads.dim * e);
+        t.pass(Pass::Rotation, 2 * tokens * (heads.q + heads.kv) * heads.dim * e);
         let (mixed, normalisers) = core::forward(self, s, layer, heads, t);
         (Attention { rstd, qkv, normed_heads, mixed, normalisers }, normed)
     }
@@ -192,13 +192,13 @@ impl Rank<'_> {
         let d_qkv = t.hold(Part::Workspace, tokens * heads.row() * e);
         core::backward(self, s, layer, heads, t);
         t.free_all([normalisers, d_mixed, mixed]);
-        t.pass(Pass::Chain, 2 * tokens * (heads.q + heads.kv) * heads.dim * e);
+        t.pass(Pass::Rotation, 2 * tokens * (heads.q + heads.kv) * heads.dim * e);
         if self.arch.qk_norm {
             for count in [heads.q, heads.kv] {
                 // copies of x and dy, and dx
                 let copies = t.hold(Part::Workspace, 3 * tokens * count * heads.dim * e);
                 self.norm_backward(tokens * count, heads.dim, t);
-                t.pass(Pass::Chain, 8 * tokens * count * heads.dim * e);
+                t.pass(Pass::Copy, 8 * tokens * count * heads.dim * e);
                 t.free(copies);
             }
         }
@@ -242,7 +242,7 @@ impl Rank<'_> {
     }
 
     fn activation(&self, s: &Shape, t: &mut Tally) -> Held {
-        t.pass(Pass::Chain, 3 * s.tokens * self.width() * self.element());
+        t.pass(Pass::Activation, 3 * s.tokens * self.width() * self.element());
         t.hold(Part::Workspace, s.tokens * self.width() * self.element())
     }
 
@@ -265,7 +265,7 @@ impl Rank<'_> {
         self.linear_backward(layer, down, tokens, t);
         let d_gate_up = t.hold(Part::Workspace, tokens * 2 * width * e);
         let activation = t.hold(Part::Workspace, tokens * width * e);
-        t.pass(Pass::Chain, 6 * tokens * width * e);
+        t.pass(Pass::ActivationBackward, 6 * tokens * width * e);
         t.free_all([gate_up, d_activation]);
         self.linear_gradients(layer, down, tokens, buckets, t);
         t.free_all([d_down, activation]);

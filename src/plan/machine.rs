@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::tally::{Pass, Product};
+use crate::abi::host::MAPPED;
 use crate::config::Precision;
 use crate::dist::Mesh;
 use crate::dist::wire::Call;
+use crate::kernels::product::has_bf16;
 
 /// One device and the links to the others.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,6 +43,15 @@ pub struct Machine {
     /// What the library keeps of each distinct product that it has met. Unit: bytes.
     #[serde(skip)]
     pub product_bytes: u64,
+    /// What an all-reduce takes beside its input and output, as a share of them.
+    #[serde(skip)]
+    pub reduce_share: f64,
+    /// Operands of bf16 are copied to f32 to be multiplied, see [`crate::kernels::product`].
+    #[serde(skip)]
+    pub widens: bool,
+    /// Freed memory in smaller pieces than this stays with the process. Unit: bytes.
+    #[serde(skip)]
+    pub kept_below: u64,
     #[serde(skip)]
     pub precision: Precision,
     #[serde(skip)]
@@ -68,6 +79,8 @@ pub struct Base {
     pub process: u64,
     /// More for each distinct product: oneDNN generates code for every size that it meets, and keeps it.
     pub product: u64,
+    /// What an all-reduce takes beside its input and output, as a share of them: the transport's own buffer.
+    pub reduce_share: f64,
 }
 
 /// Times of the machine at hand.
@@ -75,10 +88,37 @@ pub struct Base {
 pub struct Measured {
     /// Seconds of each product.
     pub products: BTreeMap<Product, f64>,
-    /// Operations a second of others.
-    pub rate: f64,
     /// Amounts a second, by the unit of [`Pass`].
-    pub passes: [f64; 3],
+    pub passes: BTreeMap<Pass, f64>,
+    /// Seconds of each collective, where the ranks were there to measure it.
+    pub calls: BTreeMap<Call, f64>,
+}
+
+impl Measured {
+    /// Seconds of a product: as measured, or at the rate of the one that is most like it.
+    fn product(&self, product: Product) -> f64 {
+        if let Some(&seconds) = self.products.get(&product) {
+            return seconds;
+        }
+        let sizes = |p: &Product| [p.rows, p.inner, p.columns, p.batch].map(|n| (n as f64).ln());
+        let apart = |p: &Product| {
+            let sizes = sizes(p).into_iter().zip(sizes(&product)).map(|(a, b)| (a - b).abs());
+            (p.operands != product.operands, sizes.sum::<f64>())
+        };
+        let nearest = self.products.iter().min_by(|(a, _), (b, _)| {
+            let (a, b) = (apart(a), apart(b));
+            a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))
+        });
+        nearest.map_or(product.operations() / 1e11, |(p, seconds)| seconds * product.operations() / p.operations())
+    }
+
+    /// Seconds of a collective: as measured, or at the rate of the one of its kind that is nearest in size; None where none was.
+    fn call(&self, call: &Call) -> Option<f64> {
+        let apart = |bytes: u64| (bytes.max(1) as f64 / call.bytes.max(1) as f64).ln().abs();
+        let alike = self.calls.iter().filter(|(known, _)| (known.axis, known.op) == (call.axis, call.op));
+        let (known, seconds) = alike.min_by(|(a, _), (b, _)| apart(a.bytes).total_cmp(&apart(b.bytes)))?;
+        Some(seconds * (call.bytes as f64 / known.bytes.max(1) as f64).max(1.0))
+    }
 }
 
 /// Names of all machines that are known.
@@ -117,6 +157,9 @@ impl Machine {
             disk_gbs: 1.0,
             overlaps: true,
             product_bytes: 0,
+            reduce_share: 0.0,
+            widens: false,
+            kept_below: 0,
             precision: Precision::Bf16,
             measured: None,
             rings: Rings::default(),
@@ -145,6 +188,9 @@ impl Machine {
             disk_gbs: 1.0,
             overlaps: false,
             product_bytes: base.product,
+            reduce_share: base.reduce_share,
+            widens: !has_bf16(),
+            kept_below: MAPPED as u64,
             precision: Precision::Bf16,
             measured,
             rings: Rings::default(),
@@ -173,12 +219,9 @@ impl Machine {
     /// Seconds of a product.
     pub fn product(&self, product: Product) -> f64 {
         match &self.measured {
-            Some(measured) => match measured.products.get(&product) {
-                Some(&seconds) => seconds,
-                None => product.operations() / measured.rate,
-            },
+            Some(measured) => measured.product(product),
             None => {
-                let Product { rows, inner, columns, batch } = product;
+                let Product { rows, inner, columns, batch, .. } = product;
                 let bytes = 2.0 * batch as f64 * (rows * inner + inner * columns + rows * columns) as f64;
                 let arithmetic = product.operations() / (self.peak_rate() * self.matrix_share);
                 // a thin product is as slow as the memory; one column stands for scores that never leave the chip
@@ -190,16 +233,8 @@ impl Machine {
     /// Seconds of a pass over memory.
     pub fn pass(&self, pass: Pass, amount: f64) -> f64 {
         match &self.measured {
-            Some(measured) => amount / measured.passes[pass as usize],
-            // a logit is read and written once; AdamW reads and writes three f32 and reads a gradient
-            None => {
-                let bytes = match pass {
-                    Pass::Chain => 1.0,
-                    Pass::Exponentials => 4.0,
-                    Pass::Optimizer => 30.0,
-                };
-                amount * bytes / self.memory_rate()
-            }
+            Some(measured) => measured.passes.get(&pass).map_or(0.0, |rate| amount / rate),
+            None => amount * pass.bytes() / self.memory_rate(),
         }
     }
 
@@ -207,6 +242,9 @@ impl Machine {
     pub fn collective(&self, call: &Call) -> f64 {
         if call.ranks == 1 {
             return 0.0;
+        }
+        if let Some(seconds) = self.measured.as_ref().and_then(|measured| measured.call(call)) {
+            return seconds;
         }
         let on_a_node = if call.axis == "tp" { self.rings.tp } else { self.rings.dp };
         let (gbs, latency) = match on_a_node {
@@ -219,5 +257,41 @@ impl Machine {
 
     fn memory_rate(&self) -> f64 {
         self.memory_gbs * 1e9 * self.memory_share
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dist::wire::Op;
+    use crate::plan::Operands;
+
+    fn product(operands: Operands, rows: u64) -> Product {
+        Product { operands, rows, inner: 64, columns: 64, batch: 1 }
+    }
+
+    /// What was not measured goes at the rate of its like: never of other operands, whose code may be ten times as slow.
+    #[test]
+    fn products_that_were_not_measured_take_the_rate_of_their_like() {
+        let known = [(Operands::Nt, 100, 1.0), (Operands::Nt, 1000, 5.0), (Operands::Nn, 100, 80.0)];
+        let products = known.map(|(operands, rows, seconds)| (product(operands, rows), seconds)).into();
+        let measured = Measured { products, ..Measured::default() };
+        assert_eq!(measured.product(product(Operands::Nt, 100)), 1.0);
+        assert_eq!(measured.product(product(Operands::Nt, 120)), 1.2);
+        assert_eq!(measured.product(product(Operands::Nt, 2000)), 10.0);
+        assert_eq!(measured.product(product(Operands::Nn, 1000)), 800.0);
+    }
+
+    #[test]
+    fn collectives_that_were_not_measured_take_the_rate_of_their_like() {
+        let call = |axis, op, bytes| Call { axis, op, ranks: 2, bytes, on_host: false };
+        let calls = [(call("tp", Op::AllReduce, 1 << 20), 1.0), (call("dp", Op::AllReduce, 1 << 20), 4.0)].into();
+        let mut machine = Machine::host(1e9, Base::default(), Some(Measured { calls, ..Measured::default() }));
+        assert_eq!(machine.collective(&call("tp", Op::AllReduce, 2 << 20)), 2.0);
+        assert_eq!(machine.collective(&call("dp", Op::AllReduce, 1 << 20)), 4.0);
+        // a small one takes no less than what its message costs at all: as long as the nearest
+        assert_eq!(machine.collective(&call("tp", Op::AllReduce, 1 << 19)), 1.0);
+        machine.node_latency_us = 0.0;
+        assert_eq!(machine.collective(&call("tp", Op::AllGather, 2e9 as u64)), 1.0);
     }
 }

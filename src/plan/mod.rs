@@ -5,6 +5,7 @@
 //! here computes anything of the model.
 
 mod advice;
+mod base;
 mod buckets;
 mod core;
 mod head;
@@ -18,13 +19,14 @@ mod tally;
 mod text;
 
 pub use advice::{Suggestion, advice};
+pub use base::base;
 pub use head::Pool;
 pub use machine::{Base, Machine, Measured, names};
-pub use measure::{base, measure};
+pub use measure::measure;
 pub use rank::{Engine, Rank};
 pub use samples::{Assumed, assumed};
 pub use step::Walker;
-pub use tally::{Bytes, PARTS, Part, Peak, Product, Seconds, Tally};
+pub use tally::{Bytes, Operands, PARTS, Part, Pass, Peak, Product, Seconds, Tally};
 pub use text::gib;
 
 use std::collections::BTreeMap;
@@ -97,6 +99,8 @@ pub struct Plan {
     pub saves: usize,
     /// Bytes of one rank's file and of all, and of the exported model.
     pub checkpoint: (u64, u64),
+    /// Bytes of host memory that a rank keeps for copies of its state, from which saves are written.
+    pub snapshot: u64,
     pub export: u64,
     pub legal_tp: Vec<usize>,
 }
@@ -105,8 +109,11 @@ pub struct Plan {
 pub struct Walked {
     pub calls: Vec<Call>,
     pub seconds: Seconds,
+    /// Until the end of the step, and of the step alone.
     pub peak: Peak,
-    /// Held after the step.
+    pub own_peak: Peak,
+    /// Held before and after the step.
+    pub before: Bytes,
     pub held: Bytes,
     pub products: BTreeMap<Product, u64>,
 }
@@ -157,12 +164,14 @@ impl<'a> Job<'a> {
             let mut walker = self.start(rank, &mut t);
             (first..first + steps)
                 .map(|step| {
-                    let work = batches.step(step, mesh);
+                    let (work, before) = (batches.step(step, mesh), t.held());
                     rank.step(&work, &mut walker, &mut t);
                     let walked = Walked {
                         calls: std::mem::take(&mut t.calls),
                         seconds: std::mem::take(&mut t.seconds),
                         peak: t.peak.clone(),
+                        own_peak: t.own_peak.clone(),
+                        before,
                         held: t.held(),
                         products: std::mem::take(&mut t.products),
                     };
@@ -222,8 +231,16 @@ impl<'a> Job<'a> {
         t.calls.clear();
         t.products.clear();
         (t.operations, t.repeated) = (0.0, 0.0);
+        t.give_back();
         t.begin();
         walker
+    }
+
+    /// Whether saves before the end are written from a copy while training goes on.
+    fn copies_for_saves(&self) -> bool {
+        let checkpoint = &self.config.checkpoint;
+        let in_place = self.engine.host && !checkpoint.background;
+        checkpoint.every > 0 && checkpoint.every < self.steps() && !in_place
     }
 
     /// Micro-batches of evaluation and reference before the first step.
@@ -283,6 +300,9 @@ impl<'a> Job<'a> {
             let (peak, state, scoring, steps_seen, found) = self.with_rank(at, |rank, batches| {
                 let mut t = Tally::new(&machine);
                 let mut walker = self.start(rank, &mut t);
+                let mine = saved_bytes(rank);
+                let snapshot = if self.copies_for_saves() { mine } else { 0 };
+                let _stays = t.hold(Part::Snapshot, if self.engine.host { snapshot } else { 0 });
                 let (state, scoring) = (t.held(), t.scoring);
                 let mut seconds = Vec::new();
                 let (mut tokens, mut micro_batches) = (0, 0);
@@ -294,16 +314,10 @@ impl<'a> Job<'a> {
                     seconds.push(std::mem::take(&mut t.seconds));
                     t.begin();
                 }
-                let moments: usize =
-                    Optimizer::planned_bytes(&config.optimizer, &rank.table, &rank.layout, rank.chosen);
-                let own: usize = rank.layout.buckets.iter().map(|bucket| bucket.own.len()).sum();
-                let mine = 4 * own + if config.checkpoint.save_optimizer { moments } else { 0 };
-                let shared =
-                    if rank.layout.buckets.iter().any(|bucket| bucket.own.len() < bucket.len) { 1 } else { mesh.dp };
                 let trained =
                     rank.table.params.iter().filter(|param| param.class != crate::model::sharding::Class::Frozen);
                 let trained: usize = trained.map(|param| param.num_elements() as usize).sum();
-                let found = (t.calls, t.operations, t.repeated, tokens, micro_batches, mine / shared, trained);
+                let found = (t.calls, t.operations, t.repeated, tokens, micro_batches, mine, snapshot, trained);
                 (t.peak, state, scoring, seconds, found)
             })?;
             for (slowest, seconds) in slowest.iter_mut().zip(steps_seen) {
@@ -311,7 +325,7 @@ impl<'a> Job<'a> {
                     *slowest = seconds;
                 }
             }
-            let (calls, operations, repeated, tokens, micro_batches, mine, trained) = found;
+            let (calls, operations, repeated, tokens, micro_batches, mine, snapshot, trained) = found;
             if plan.as_ref().is_none_or(|plan| peak.total() > plan.peak.total()) {
                 let each = |x: f64| x / seen as f64;
                 let mut traffic = summarise(&calls);
@@ -343,7 +357,8 @@ impl<'a> Job<'a> {
                     seen,
                     scoring_seconds: scoring,
                     saves: (steps - 1).checked_div(config.checkpoint.every).unwrap_or(0),
-                    checkpoint: (mine as u64, (mine * mesh.world()) as u64),
+                    checkpoint: (mine, mine * mesh.world() as u64),
+                    snapshot,
                     export: if config.export.model { self.arch.num_parameters() as u64 * stored } else { 0 },
                     legal_tp: self.arch.legal_tp(),
                 });
@@ -355,6 +370,16 @@ impl<'a> Job<'a> {
         }
         Ok(plan)
     }
+}
+
+/// Bytes of one rank's file of a checkpoint: copies that hold the same share its writing.
+fn saved_bytes(rank: &Rank) -> u64 {
+    let buckets = &rank.layout.buckets;
+    let own: usize = buckets.iter().map(|bucket| bucket.own.len()).sum();
+    let moments = Optimizer::planned_bytes(&rank.config.optimizer, &rank.table, &rank.layout, rank.chosen);
+    let held = 4 * own + if rank.config.checkpoint.save_optimizer { moments } else { 0 };
+    let sharded = buckets.iter().any(|bucket| bucket.own.len() < bucket.len);
+    (held / if sharded { 1 } else { rank.mesh.dp }) as u64
 }
 
 /// Of what is trained, the share that `names` say may change.

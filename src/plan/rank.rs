@@ -2,7 +2,7 @@
 //! of `model/decoder.rs` in numbers.
 
 use super::buckets::Buckets;
-use super::tally::{Held, Part, Pass, Tally};
+use super::tally::{Held, Operands, Part, Pass, Tally};
 use crate::config::{Config, Precision};
 use crate::dist::Mesh;
 use crate::dist::wire::{FEW, Op};
@@ -92,22 +92,22 @@ impl Rank<'_> {
     /// `y = x W^T` with adapters; the caller holds `y`.
     pub fn linear(&self, layer: usize, param: ParamId, tokens: u64, t: &mut Tally) {
         let (rows, columns) = self.size(param);
-        t.product(tokens, columns, rows);
+        t.product(Operands::Nt, tokens, columns, rows);
         for (rows, r) in self.adapters(layer, param) {
             t.brief(Part::Workspace, 2 * tokens * r * self.element());
-            t.product(tokens, columns, r);
-            t.product(tokens, r, rows);
+            t.product(Operands::Nt, tokens, columns, r);
+            t.product(Operands::Nt, tokens, r, rows);
         }
     }
 
     /// `dx = dy W` with adapters; the caller holds `dx`.
     pub fn linear_backward(&self, layer: usize, param: ParamId, tokens: u64, t: &mut Tally) {
         let (rows, columns) = self.size(param);
-        t.product(tokens, rows, columns);
+        t.product(Operands::Nn, tokens, rows, columns);
         for (rows, r) in self.adapters(layer, param) {
             t.brief(Part::Workspace, 2 * tokens * r * self.element());
-            t.product(tokens, rows, r);
-            t.product(tokens, r, columns);
+            t.product(Operands::Nn, tokens, rows, r);
+            t.product(Operands::Nn, tokens, r, columns);
         }
     }
 
@@ -129,10 +129,10 @@ impl Rank<'_> {
             // rows of a wider matrix are copied out of it
             let copied = t.hold(Part::Workspace, if rows < all_rows { tokens * rows * e } else { 0 });
             let inner = t.hold(Part::Workspace, 2 * tokens * r * e);
-            t.product(tokens, columns, r);
+            t.product(Operands::Nt, tokens, columns, r);
             buckets.product(self, adapter.b, tokens, t);
             t.free(copied);
-            t.product(tokens, rows, r);
+            t.product(Operands::Nn, tokens, rows, r);
             buckets.product(self, adapter.a, tokens, t);
             t.free(inner);
         }
@@ -202,6 +202,7 @@ impl Rank<'_> {
         let copy = t.hold(Part::Communication, if wide { s.tokens * h * 4 } else { 0 });
         let output = t.hold(Part::Workspace, s.own * h * sent);
         let parts = t.hold(Part::Communication, if self.engine.copies { s.tokens * h * sent } else { 0 });
+        t.pass(Pass::Cast, if wide { (s.tokens + s.own) * h * (e + sent) } else { 0 });
         self.call("tp", Op::ReduceScatter, s.tokens * h, sent, t);
         t.free_all([parts, copy]);
         let own = if wide {
@@ -224,6 +225,9 @@ impl Rank<'_> {
         let sent = if wide { 4 } else { element };
         let copies = u64::from(wide) + u64::from(self.engine.copies);
         let held = t.hold(Part::Communication, copies * numbers * sent);
+        let own = (t.machine().reduce_share * (numbers * sent) as f64) as u64;
+        t.brief(Part::Communication, own);
+        t.pass(Pass::Cast, if wide { 2 * numbers * (element + sent) } else { 0 });
         self.call(axis, Op::AllReduce, numbers, sent, t);
         t.free(held);
     }
@@ -232,13 +236,13 @@ impl Rank<'_> {
     pub fn norm(&self, rows: u64, width: u64, part: Part, t: &mut Tally) -> (Held, Held) {
         let rstd = t.hold(part, 4 * rows);
         let normed = t.hold(part, rows * width * self.element());
-        t.pass(Pass::Chain, 3 * rows * width * self.element());
+        t.pass(Pass::Norm, 3 * rows * width * self.element());
         (normed, rstd)
     }
 
     /// The same with `1/rms` known.
     pub fn norm_again(&self, rows: u64, width: u64, t: &mut Tally) -> Held {
-        t.pass(Pass::Chain, 2 * rows * width * self.element());
+        t.pass(Pass::Norm, 2 * rows * width * self.element());
         t.hold(Part::Workspace, rows * width * self.element())
     }
 
@@ -246,6 +250,6 @@ impl Rank<'_> {
     pub fn norm_backward(&self, rows: u64, width: u64, t: &mut Tally) {
         // partial sums of the weight's gradient, a row of f32 for 64 rows
         t.brief(Part::Workspace, if self.engine.host { rows.div_ceil(64) * width * 4 } else { 0 });
-        t.pass(Pass::Chain, 4 * rows * width * self.element());
+        t.pass(Pass::NormBackward, 4 * rows * width * self.element());
     }
 }

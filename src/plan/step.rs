@@ -162,7 +162,7 @@ impl Rank<'_> {
         let grad = t.hold(Part::Workspace, s.tokens * self.hidden() * self.element());
         for rows in [all(Stream::Forget), all(Stream::Retain)] {
             t.brief(Part::Workspace, 4 * rows * self.hidden() * 4);
-            t.pass(Pass::Chain, 6 * rows * self.hidden() * 4);
+            t.pass(Pass::Copy, 6 * rows * self.hidden() * 4);
         }
         t.free(grad);
     }
@@ -187,7 +187,7 @@ impl Rank<'_> {
             t.free(whole);
             let whole = self.all_tokens(s, Part::Workspace, t);
             t.brief(Part::Workspace, 3 * 4 * s.tokens * h);
-            t.pass(Pass::Chain, 12 * 4 * s.tokens * h);
+            t.pass(Pass::Copy, 12 * 4 * s.tokens * h);
             t.free_all([whole, grad, d_y, y]);
         }
         t.free(wide);
@@ -202,7 +202,7 @@ impl Rank<'_> {
     fn enter(&self, s: &Shape, t: &mut Tally) -> Held {
         let bytes = s.tokens * self.hidden() * self.element();
         let x = t.hold(Part::Workspace, bytes);
-        t.pass(Pass::Chain, 2 * bytes);
+        t.pass(Pass::Copy, 2 * bytes);
         if self.tp() == 1 {
             return x;
         }

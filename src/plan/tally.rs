@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::machine::Machine;
+use crate::config::Precision;
 use crate::dist::wire::{Call, Op};
 
 /// What memory is for.
@@ -23,11 +24,15 @@ pub enum Part {
     Communication,
     /// What lives within one half block.
     Workspace,
+    /// The copy of the state from which saves are written while training goes on.
+    Snapshot,
+    /// Freed, and kept by the allocator for what is no larger than it keeps.
+    Kept,
     /// The process itself: libraries, contexts.
     Runtime,
 }
 
-pub const PARTS: [(Part, &str); 10] = [
+pub const PARTS: [(Part, &str); 12] = [
     (Part::Weights, "weights"),
     (Part::Masters, "master weights"),
     (Part::Gradients, "gradients"),
@@ -37,6 +42,8 @@ pub const PARTS: [(Part, &str); 10] = [
     (Part::Caches, "reference"),
     (Part::Communication, "communication"),
     (Part::Workspace, "workspace"),
+    (Part::Snapshot, "copy for saves"),
+    (Part::Kept, "kept by the allocator"),
     (Part::Runtime, "runtime base"),
 ];
 
@@ -96,9 +103,21 @@ impl Peak {
     }
 }
 
+/// How the operands of a product lie in memory, as BLAS writes it: T is one that is read transposed. Libraries have code of its own for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Operands {
+    /// Forward: `x W^T`.
+    Nt,
+    /// The gradient of an input: `g W`.
+    Nn,
+    /// The gradient of a matrix: `g^T x`.
+    Tn,
+}
+
 /// One matrix product, `batch` times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Product {
+    pub operands: Operands,
     pub rows: u64,
     pub inner: u64,
     pub columns: u64,
@@ -114,12 +133,43 @@ impl Product {
 /// A pass over memory that is no product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pass {
-    /// Norms, rotation, activation, copies. Unit: bytes read and written.
-    Chain,
-    /// Exponentials of scores and logits. Unit: elements.
-    Exponentials,
+    /// Copies and sums, element by element. This and what follows up to [`Self::Squares`], unit: bytes read and written.
+    Copy,
+    /// From one kind of number to another.
+    Cast,
+    Norm,
+    NormBackward,
+    /// Rotary embedding.
+    Rotation,
+    /// The MLP's gated activation.
+    Activation,
+    ActivationBackward,
+    /// Rows of tokens into heads for attention, and back.
+    Packing,
+    /// Zeros in memory that comes from the system anew.
+    Fresh,
+    /// Sums of squares.
+    Squares,
+    /// Softmax of attention scores. Unit: elements.
+    Scores,
+    /// Scores' probabilities again and their gradient. Unit: elements.
+    ScoresBackward,
+    /// Exponentials of logits. Unit: elements.
+    Logits,
     /// Unit: weights.
     Optimizer,
+}
+
+impl Pass {
+    /// Bytes of a unit where only the memory's rate is known: a logit is read and written once; AdamW reads and writes three f32 and
+    /// reads a gradient.
+    pub fn bytes(self) -> f64 {
+        match self {
+            Self::Scores | Self::ScoresBackward | Self::Logits => 4.0,
+            Self::Optimizer => 30.0,
+            _ => 1.0,
+        }
+    }
 }
 
 /// Seconds of a step by what they are spent on.
@@ -161,7 +211,12 @@ pub struct Flight {
 pub struct Tally<'a> {
     machine: &'a Machine,
     now: Bytes,
+    /// Of that, in pieces small enough for the allocator to keep; and the most of it so far.
+    small: u64,
+    most_small: u64,
     pub peak: Peak,
+    /// Since [`Self::begin`].
+    pub own_peak: Peak,
     pub place: Place,
     pub calls: Vec<Call>,
     pub products: BTreeMap<Product, u64>,
@@ -185,7 +240,10 @@ impl<'a> Tally<'a> {
         Self {
             machine,
             now: Bytes::default(),
+            small: 0,
+            most_small: 0,
             peak: Peak { bytes: Bytes::default(), place },
+            own_peak: Peak { bytes: Bytes::default(), place },
             place,
             calls: Vec::new(),
             products: BTreeMap::new(),
@@ -199,9 +257,10 @@ impl<'a> Tally<'a> {
         }
     }
 
-    /// Begins a step: its seconds count from 0.
+    /// Begins a step: its seconds and its own peak count from here.
     pub fn begin(&mut self) {
         self.free_at = 0.0;
+        self.own_peak = Peak { bytes: self.now, place: self.place };
     }
 
     pub fn machine(&self) -> &'a Machine {
@@ -218,14 +277,30 @@ impl<'a> Tally<'a> {
 
     pub fn hold(&mut self, part: Part, bytes: u64) -> Held {
         self.now[part as usize] += bytes;
-        if self.now.iter().sum::<u64>() > self.peak.total() {
-            self.peak = Peak { bytes: self.now, place: self.place };
+        self.small += self.kept(bytes);
+        self.most_small = self.most_small.max(self.small);
+        let mut bytes_now = self.now;
+        bytes_now[Part::Kept as usize] = self.most_small - self.small;
+        let all = bytes_now.iter().sum::<u64>();
+        for peak in [&mut self.peak, &mut self.own_peak].into_iter().filter(|peak| all > peak.total()) {
+            *peak = Peak { bytes: bytes_now, place: self.place };
         }
         Held(part, bytes)
     }
 
     pub fn free(&mut self, held: Held) {
         self.now[held.0 as usize] -= held.1;
+        self.small -= self.kept(held.1);
+    }
+
+    /// What of a piece the allocator keeps when it is freed.
+    fn kept(&self, bytes: u64) -> u64 {
+        if bytes < self.machine.kept_below { bytes } else { 0 }
+    }
+
+    /// What the allocator has kept is given back.
+    pub fn give_back(&mut self) {
+        self.most_small = self.small;
     }
 
     pub fn free_all(&mut self, held: impl IntoIterator<Item = Held>) {
@@ -242,6 +317,7 @@ impl<'a> Tally<'a> {
     pub fn recast(&mut self, held: Held, part: Part) -> Held {
         self.free(Held(held.0, held.1));
         self.now[part as usize] += held.1;
+        self.small += self.kept(held.1);
         Held(part, held.1)
     }
 
@@ -250,8 +326,8 @@ impl<'a> Tally<'a> {
         self.now
     }
 
-    pub fn product(&mut self, rows: u64, inner: u64, columns: u64) {
-        self.products_of(Product { rows, inner, columns, batch: 1 });
+    pub fn product(&mut self, operands: Operands, rows: u64, inner: u64, columns: u64) {
+        self.products_of(Product { operands, rows, inner, columns, batch: 1 });
     }
 
     pub fn products_of(&mut self, product: Product) {
@@ -264,11 +340,24 @@ impl<'a> Tally<'a> {
             // for good
             let Held(..) = self.hold(Part::Runtime, self.machine.product_bytes);
         }
+        if self.widens() && product.columns > 1 {
+            let Product { operands, rows, inner, columns, batch } = product;
+            let [left, right, result] = [rows * inner, inner * columns, rows * columns].map(|n| 4 * n * batch);
+            // the gradient of a matrix goes into a buffer that is there
+            let result = if operands == Operands::Tn && batch == 1 { 0 } else { result };
+            let copies = [left, right, result].map(|bytes| self.hold(Part::Workspace, bytes));
+            self.free_all(copies);
+        }
         self.operations += operations;
         if self.again {
             self.repeated += operations;
         }
         self.seconds.products += self.machine.product(product);
+    }
+
+    /// Whether operands are copied to f32 to be multiplied.
+    pub fn widens(&self) -> bool {
+        self.machine.widens && self.machine.precision == Precision::Bf16
     }
 
     pub fn pass(&mut self, pass: Pass, amount: u64) {

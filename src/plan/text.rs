@@ -129,11 +129,16 @@ impl Plan {
         rows.push(vec!["the run".to_owned(), duration(self.run_seconds())]);
         rows.push(vec![format!("{} devices", self.mesh.world()), format!("{:.2} device hours", self.device_hours())]);
         format!(
-            "{}  a checkpoint: {} in all, {} a rank, on disk after {}; the exported model: {}\n",
+            "{}  a checkpoint: {} in all, {} a rank, on disk after {}{}; the exported model: {}\n",
             table(&["the run", ""], &rows),
             gib(self.checkpoint.1),
             gib(self.checkpoint.0),
             duration(self.write_seconds()),
+            if self.snapshot > 0 {
+                format!("; for copies of it a rank keeps {} of host memory", gib(self.snapshot))
+            } else {
+                String::new()
+            },
             gib(self.export)
         )
     }
@@ -141,11 +146,13 @@ impl Plan {
     /// What the machine's numbers stand on.
     fn assumptions(&self) -> Vec<String> {
         let m = &self.machine;
-        if m.measured.is_some() {
+        if let Some(measured) = &m.measured {
             let mut lines = vec!["times of products and passes were measured on this machine just now".to_owned()];
-            if self.mesh.world() > 1 {
+            if !measured.calls.is_empty() {
+                lines.push("so were its collectives, all ranks at work; nothing runs beside computing".to_owned());
+            } else if self.mesh.world() > 1 {
                 lines.push(format!(
-                    "{} GB/s between processes, not measured; nothing runs beside computing",
+                    "{} GB/s between processes, not measured (start plan as the run would be, with mpirun, and it is); nothing runs beside computing",
                     m.node_gbs
                 ));
             }
@@ -207,7 +214,7 @@ impl Plan {
                 "steps": self.steps, "seconds": self.run_seconds(), "device_hours": self.device_hours(),
                 "scoring_seconds": self.scoring_seconds, "saves": self.saves,
             },
-            "checkpoint": { "rank_bytes": self.checkpoint.0, "bytes": self.checkpoint.1, "seconds": self.write_seconds() },
+            "checkpoint": { "rank_bytes": self.checkpoint.0, "host_bytes": self.snapshot,"bytes": self.checkpoint.1, "seconds": self.write_seconds() },
             "export_bytes": self.export,
             "assumptions": self.assumptions().iter().chain(assumptions).collect::<Vec<_>>(),
             "suggestions": suggestions,

@@ -7,7 +7,7 @@ use tch::Device;
 use crate::abi::driver;
 use crate::config::{self, Config};
 use crate::telemetry::table;
-use crate::train::{Layout, Trainer};
+use crate::train::Trainer;
 
 /// Bytes of one rank by purpose, for as long as the run lasts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,29 +36,6 @@ impl Memory {
     pub fn of(trainer: &Trainer) -> Self {
         let (weights, masters) = trainer.parameters.bytes();
         Self { weights, masters, gradients: trainer.gradients.bytes(), optimizer: trainer.optimizer.bytes() }
-    }
-
-    /// The same before anything is allocated.
-    ///
-    /// `frozen`: elements that are not trained.
-    pub fn expected(config: &Config, layout: &Layout, frozen: usize) -> Self {
-        let all: usize = layout.buckets.iter().map(|bucket| bucket.len).sum();
-        let own: usize = layout.buckets.iter().map(|bucket| bucket.own.len()).sum();
-        let largest = layout.buckets.iter().map(|bucket| bucket.len).max().unwrap_or(0);
-        let half = config.train.precision == config::Precision::Bf16;
-        let grad = if config.train.grad_dtype == config::Float::Bf16 { 2 } else { 4 };
-        let optimizer = match (config.optimizer.name, config.optimizer.state_dtype.unwrap_or_default()) {
-            (config::OptimizerName::Sgd, _) if config.optimizer.momentum.unwrap_or(0.0) == 0.0 => 0,
-            (config::OptimizerName::Sgd, _) | (_, config::StateDtype::Bf16) => 4 * own,
-            (_, config::StateDtype::F32) => 8 * own,
-            (_, config::StateDtype::Int8) => 2 * own + own / 32,
-        };
-        Self {
-            weights: (all + frozen) * if half { 2 } else { 4 },
-            masters: if half { 4 * own } else { 0 },
-            gradients: grad * if config.optimizer.in_backward { largest } else { all },
-            optimizer,
-        }
     }
 
     pub fn print(&self) {

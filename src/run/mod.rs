@@ -114,12 +114,14 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     }
     // other models come and go before this one takes its memory
     let evaluator = Evaluator::new(config, &inputs.encoder, &inputs.sets(), &context)?;
-    let (table, layout, _) = inputs.layout(config, world)?;
-    let frozen = layout.places.iter().zip(&table.params).filter(|(place, _)| place.is_none());
-    let frozen = frozen.map(|(_, param)| param.num_elements() as usize).sum();
-    let expected = Memory::expected(config, &layout, frozen);
-    expected.prepare(&context.memory_words, config, context.device);
-    let base = planned::base(config, &context);
+    let first = match start {
+        Start::New => 0,
+        Start::Resume(step) => step,
+    };
+    let mut planned = Some(Planned::new(config, &inputs, &context, first)?);
+    if let Some(planned) = &planned {
+        planned.memory().prepare(&context.memory_words, config, context.device);
+    }
     stages.enter(Phase::Load, inputs.model_bytes());
     faults.at(Occasion::Load)?;
     let Loaded { decoder, parameters, identity, names } = inputs.load(config, world, context.device, console)?;
@@ -171,15 +173,11 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let reference_seconds = reference_start.elapsed().as_secs_f64();
     let mut saver = Saver::new(config, digests.iter().cloned().collect(), board);
     let mut evaluations = Evaluations { before: past.before, during: past.during, ..Evaluations::default() };
-    let first = match start {
-        Start::New => 0,
-        Start::Resume(step) => {
-            // the weights before training have told what they had to: the reference and the evaluation are there
-            stages.enter(Phase::Load, 3 * inputs.model_bytes());
-            restore(config, &digests, &mut trainer, step, &context)?;
-            step
-        }
-    };
+    if let Start::Resume(step) = start {
+        // the weights before training have told what they had to: the reference and the evaluation are there
+        stages.enter(Phase::Load, 3 * inputs.model_bytes());
+        restore(config, &digests, &mut trainer, step, &context)?;
+    }
     if config.eval.before && start == Start::New {
         stages.enter(Phase::Evaluate(0), 0);
         faults.at(Occasion::Eval)?;
@@ -209,17 +207,16 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     let late = usize::from(context.device != Device::Cpu && trainer.method.dual.is_none());
     let every = config.eval.every.steps(per_epoch);
     let mut open = VecDeque::new();
-    let mut planned = Some(Planned::new(config, &inputs, &context, base, first)?);
     journal.progress.advance(first as u64, "");
     for step in first..steps {
         stages.step(step + 1);
         faults.at(Occasion::Step)?;
         let work = batches.step(step, world.mesh);
-        if let Some(planned) = &planned {
+        if let Some(planned) = planned.as_mut().filter(|_| step == first) {
             planned.watch(&context);
         }
         let launched = trainer.launch(step, &work, known, world);
-        if let Some(planned) = &planned {
+        if let Some(planned) = planned.as_ref().filter(|_| step == first) {
             planned.unwatch(&context);
         }
         open.push_back((step, work, launched));

@@ -1,23 +1,23 @@
 //! The plan of a run beside the run: what its first step should need, and what it needed.
 
 use serde_json::{Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
-use super::{Context, Inputs, RunError, process};
+use super::{Context, Inputs, Memory, RunError, process};
 use crate::abi::{driver, host};
 use crate::config::Config;
 use crate::dist::Reduce;
 use crate::dist::wire::{Call, Record, summarise};
-use crate::plan::{self, Base, Engine, Job, Machine, Walked};
+use crate::plan::{self, Base, Engine, Job, Machine, Part, PlanError, Walked};
 
 /// What the first step of this rank should need.
 pub(super) struct Planned {
     walked: Walked,
+    /// Resident bytes before the step.
+    before: u64,
     record: Record,
     /// Whether seconds are planned: on a GPU whose sheet is known.
     timed: bool,
-    /// Whether the peak is that of the step and what comes before it alone.
-    whole: bool,
 }
 
 /// Share by which a plan may be wrong without a warning.
@@ -27,14 +27,8 @@ const TOLERANCE: f64 = 0.1;
 const LEAST: u64 = 64 << 20;
 
 impl Planned {
-    /// Plans the step `first`; `base`: see [`base`].
-    pub(super) fn new(
-        config: &Config,
-        inputs: &Inputs,
-        context: &Context,
-        base: Base,
-        first: usize,
-    ) -> Result<Self, RunError> {
+    /// Plans the step `first`, before the model is there. All ranks call it.
+    pub(super) fn new(config: &Config, inputs: &Inputs, context: &Context, first: usize) -> Result<Self, RunError> {
         let mesh = context.world.mesh;
         let cpu = context.device == Device::Cpu;
         let sheet = match context.device {
@@ -42,6 +36,7 @@ impl Planned {
             _ => None,
         };
         let timed = sheet.is_some();
+        let base = base(config, inputs, context)?;
         let machine = sheet.unwrap_or_else(|| Machine::host(f64::MAX / 2.0, base, None));
         let engine = if cpu { Engine::HOST } else { Engine::GPU };
         let retain = inputs.retain.as_ref();
@@ -56,14 +51,27 @@ impl Planned {
             plan::gib(wire as u64),
             if timed { format!(" of {:.2} s", walked.seconds.total()) } else { String::new() }
         );
-        let scored = config.scope.mask.as_ref().is_some_and(|mask| mask.score.is_some());
-        let before = config.before != crate::config::Before::default();
-        let whole = first == 0 && !scored && !before;
-        Ok(Self { walked, record: Record::default(), timed, whole })
+        Ok(Self { walked, before: 0, record: Record::default(), timed })
     }
 
-    /// From here on the calls of the step are noted.
-    pub(super) fn watch(&self, context: &Context) {
+    /// What stays over the steps, before anything is allocated.
+    pub(super) fn memory(&self) -> Memory {
+        let Walked { held, peak, .. } = &self.walked;
+        let bytes = |part: Part| held[part as usize] as usize;
+        Memory {
+            weights: bytes(Part::Weights),
+            masters: bytes(Part::Masters),
+            // those that come and go within a step are as many as there are at the peak
+            gradients: bytes(Part::Gradients).max(peak.bytes[Part::Gradients as usize] as usize),
+            optimizer: bytes(Part::Moments),
+        }
+    }
+
+    /// From here on the step's memory counts, and its calls are noted.
+    pub(super) fn watch(&mut self, context: &Context) {
+        host::give_back_freed_memory();
+        host::forget_peak();
+        self.before = host::resident_bytes();
         for group in [&context.world.tp, &context.world.dp] {
             group.record(&self.record);
         }
@@ -80,11 +88,10 @@ impl Planned {
     pub(super) fn compare(self, seconds: f64, context: &Context) -> Value {
         let cpu = context.device == Device::Cpu;
         let peak = if cpu { host::peak_resident_bytes() } else { process::device_bytes(context.device) };
-        let planned_peak = self.walked.peak.total();
+        let planned_peak = self.walked.own_peak.total();
         let (wire, planned_wire) = (sent(&self.record.take()), sent(&self.walked.calls));
         let off = |found: f64, planned: f64| if planned > 0.0 { (found / planned - 1.0).abs() } else { 0.0 };
-        let told_apart = self.whole && peak.abs_diff(planned_peak) > LEAST;
-        let memory_off = if told_apart { off(peak as f64, planned_peak as f64) } else { 0.0 };
+        let memory_off = if peak.abs_diff(planned_peak) > LEAST { off(peak as f64, planned_peak as f64) } else { 0.0 };
         let mut worst = [memory_off, off(wire, planned_wire)];
         context.world.world.all_reduce_f64(&mut worst, Reduce::Max);
         let told = format!(
@@ -104,15 +111,17 @@ impl Planned {
         json!({
             "peak_bytes": peak,
             "planned_peak_bytes": planned_peak,
-            "base_bytes": self.walked.peak.bytes[plan::Part::Runtime as usize],
+            "before_bytes": self.before,
+            "planned_before_bytes": self.walked.before.iter().sum::<u64>(),
+            "base_bytes": self.walked.own_peak.bytes[Part::Runtime as usize],
             "wire_bytes": wire,
             "planned_wire_bytes": planned_wire,
             "step_s": seconds,
             "planned_step_s": self.timed.then(|| self.walked.seconds.total()),
             "worst_memory_off": worst[0],
             "worst_wire_off": worst[1],
-            "peak_in": self.walked.peak.place.to_string(),
-            "planned_parts": plan::PARTS.iter().map(|&(part, name)| (name.replace(' ', "_"), json!(self.walked.peak.bytes[part as usize])))
+            "peak_in": self.walked.own_peak.place.to_string(),
+            "planned_parts": plan::PARTS.iter().map(|&(part, name)| (name.replace(' ', "_"), json!(self.walked.own_peak.bytes[part as usize])))
                 .collect::<serde_json::Map<_, _>>(),
         })
     }
@@ -120,19 +129,11 @@ impl Planned {
 
 /// What the process takes before the model, the buffers of its transport included; nothing on a GPU, whose sheet says what a context
 /// takes. All ranks call it.
-pub(super) fn base(config: &Config, context: &Context) -> Base {
+fn base(config: &Config, inputs: &Inputs, context: &Context) -> Result<Base, RunError> {
     if context.device != Device::Cpu {
-        return Base::default();
+        return Ok(Base::default());
     }
-    for group in [&context.world.tp, &context.world.dp].into_iter().filter(|group| group.size() > 1) {
-        let mut some = Tensor::zeros([(group.size() as i64) << 19], (Kind::Float, Device::Cpu));
-        group.all_reduce(&mut some, Reduce::Sum);
-        let _ = group.reduce_scatter(&some).wait();
-    }
-    let base = plan::base(config.train.precision);
-    // what was read and packed before the model is gone
-    host::forget_peak();
-    base
+    Ok(plan::base(config, &inputs.arch, &context.world).map_err(PlanError::from)?)
 }
 
 /// Bytes that a rank sends.

@@ -11,6 +11,7 @@ mod method;
 mod objective;
 mod optimizer;
 mod parameters;
+mod random;
 mod schedule;
 mod selection;
 mod state;
@@ -26,6 +27,7 @@ pub use method::{Cut, Dual, Forget, Method, OnRows, Reference, ReferenceNeeds, R
 pub use objective::{Objective, Term, Tokens, Totals, join_pairs, split_pairs};
 pub use optimizer::{Optimizer, Update};
 pub use parameters::{Parameters, Source};
+pub use random::RandomTrainer;
 pub use schedule::Schedule;
 pub use selection::Selection;
 pub use step::{Launched, Losses, NonFinite, StepReport, Trainer, TrainerOptions};

@@ -77,19 +77,19 @@ pub struct Update<'a> {
     pub skip: &'a Tensor,
 }
 
-/// How AdamW's moments are stored.
-fn storage(config: &config::Optimizer) -> Storage {
-    match config.state_dtype.unwrap_or_default() {
-        config::StateDtype::F32 => Storage::F32,
-        config::StateDtype::Bf16 => Storage::Bf16,
-        config::StateDtype::Int8 => Storage::Block8,
-    }
-}
-
 impl Optimizer {
     /// Changes nothing and remembers nothing.
     pub fn none() -> Self {
         Self { rule: Rule::Sgd { momentum: 0.0 }, weight_decay: 0.0, steps: 0, state: Vec::new() }
+    }
+
+    /// How AdamW's moments are stored.
+    pub fn storage(config: &config::Optimizer) -> Storage {
+        match config.state_dtype.unwrap_or_default() {
+            config::StateDtype::F32 => Storage::F32,
+            config::StateDtype::Bf16 => Storage::Bf16,
+            config::StateDtype::Int8 => Storage::Block8,
+        }
     }
 
     pub fn new(config: &config::Optimizer, table: &Table, parameters: &Parameters) -> Self {
@@ -102,7 +102,7 @@ impl Optimizer {
                 Rule::Sgd { momentum: config.momentum.unwrap_or(config::Optimizer::MOMENTUM) }
             }
         };
-        let storage = storage(config);
+        let storage = Self::storage(config);
         let state =
             parameters.layout.buckets.iter().zip(&parameters.masters).enumerate().map(|(index, (bucket, master))| {
                 let segments = bucket.segments(table).into_iter().filter(|segment| !segment.own.is_empty());
@@ -131,7 +131,7 @@ impl Optimizer {
         let each = segments.map(|segment| {
             let len = chosen.map_or(segment.own.len(), |share| (share * segment.own.len() as f64).ceil() as usize);
             let state = match config.name {
-                config::OptimizerName::Adamw => 2 * storage(config).bytes(len),
+                config::OptimizerName::Adamw => 2 * Self::storage(config).bytes(len),
                 config::OptimizerName::Sgd if config.momentum.unwrap_or(config::Optimizer::MOMENTUM) > 0.0 => 4 * len,
                 config::OptimizerName::Sgd => 0,
             };

@@ -2,13 +2,14 @@
 
 use std::rc::Rc;
 
+use dunlearn::checkpoint::state::StateSlice;
 use dunlearn::config::{self, Config};
 use dunlearn::data::{Dataset, Text, Wanted};
 use dunlearn::dist::wire::{Call, Record, summarise};
 use dunlearn::dist::{Mesh, World, run_threads};
 use dunlearn::model::architecture::Packing;
 use dunlearn::model::{Architecture, Decoder, Keep, LogitsPool, ReferenceHead, Rope, Scaling};
-use dunlearn::plan::{Assumed, Engine, Job, Machine, Part, Walked, assumed};
+use dunlearn::plan::{Assumed, Engine, Job, Machine, Operands, Part, Walked, assumed};
 use dunlearn::telemetry::Clock;
 use dunlearn::train::{
     self, Batches, GradientBuffers, GradientOptions, Layout, Optimizer, Parameters, Reference, Schedule, Trainer,
@@ -17,7 +18,7 @@ use dunlearn::train::{
 use dunlearn::{data, model, scope, unlearn};
 use tch::{Device, Kind, Tensor};
 
-use crate::program::dunlearn;
+use crate::program::{Workshop, dunlearn, mpirun};
 
 /// Everything that has a size of its own.
 fn architecture(qk_norm: bool, qkv_bias: bool, tied: bool) -> Architecture {
@@ -295,6 +296,81 @@ fn bytes_are_those_that_are_held() {
                 assert_eq!(job.kept(&lengths).unwrap() as usize, tape.bytes(), "{settings:?} on {mesh}");
             });
         }
+    }
+}
+
+/// A copy of the state in host memory, where saves before the end are written from one: as many bytes as the engine copies.
+#[test]
+fn saves_are_copied_in_host_memory() {
+    for (settings, copied, on_host) in [
+        (&["checkpoint.every=1"][..], true, true),
+        (&["checkpoint.every=1", "parallel.zero=false", "optimizer.state_dtype=int8"], true, true),
+        (&["checkpoint.every=1", "checkpoint.save_optimizer=false"], true, true),
+        (&["checkpoint.every=2"], false, false),
+        // without a thread beside, host tensors are written from where they are
+        (&["checkpoint.every=1", "checkpoint.async=false"], true, false),
+    ] {
+        let (config, arch) = (config(settings), architecture(false, false, false));
+        let (forget, retain) = sets(&config, &arch);
+        let mesh = Mesh { rank: 0, tp: 4, dp: 2 };
+        let machine = Machine::sheet("h100-80g").unwrap();
+        let plan = |engine| {
+            let (retain, machine) = (retain.as_ref(), &machine);
+            let job =
+                Job { config: &config, arch: &arch, anchors: &forget, retain, mesh, engine, machine, per_node: 8 };
+            job.plan().unwrap()
+        };
+        let world = World::planned(mesh, &Record::default());
+        let all: usize = tch::no_grad(|| {
+            let state = trainer(&config, &arch, &world).state(mesh, config.checkpoint.save_optimizer);
+            state.iter().map(StateSlice::bytes).sum()
+        });
+        let bytes = |yes| if yes { all as u64 } else { 0 };
+        let (gpu, host) = (plan(Engine::GPU), plan(Engine::HOST));
+        assert_eq!((gpu.snapshot, host.snapshot), (bytes(copied), bytes(on_host)), "{settings:?}");
+        let held = |plan: &dunlearn::plan::Plan| plan.peak.bytes[Part::Snapshot as usize];
+        assert_eq!((held(&gpu), held(&host)), (0, bytes(on_host)), "{settings:?}");
+    }
+}
+
+/// Forward, gradient of the input and gradient of the matrix: three products that differ in which operand lies transposed.
+#[test]
+fn products_are_told_apart_by_their_operands() {
+    let (config, arch) = (config(&[]), architecture(false, false, false));
+    let walked = walked(&config, &arch, Mesh { rank: 0, tp: 4, dp: 1 }, Engine::HOST);
+    let products: Vec<_> = walked[0].products.keys().filter(|product| product.batch == 1).collect();
+    let has = |operands, rows, inner, columns| {
+        products.iter().any(|p| (p.operands, p.rows, p.inner, p.columns) == (operands, rows, inner, columns))
+    };
+    let forward: Vec<_> = products.iter().filter(|product| product.operands == Operands::Nt).collect();
+    assert!(forward.len() >= 5, "{products:?}");
+    for p in forward {
+        let (tokens, columns, rows) = (p.rows, p.inner, p.columns);
+        assert!(has(Operands::Nn, tokens, rows, columns) && has(Operands::Tn, rows, tokens, columns), "{p:?}");
+    }
+}
+
+/// Ranks that are there measure together, collectives too, and one of them speaks.
+#[test]
+fn a_plan_is_measured_by_all_ranks() {
+    let workshop = Workshop::new(&["--authors", "8", "--vocab", "400"]);
+    let config = workshop.config(
+        "plan.toml",
+        "[run]\ndir = '{runs}/run'\n[model]\npath = '{data}/model'\ninit = 'random'\n[parallel]\ntp = 2\n\
+         [data]\nforget = { path = '{data}/forget.jsonl', kind = 'qa' }\n[method]\nobjective = 'ga'\n\
+         [train]\nsteps = 1\nglobal_batch = 4\n[optimizer]\nlr = 1e-5\n",
+    );
+    let arguments = ["plan", "--config", &config, "--gpu", "measured", "--json"];
+    for (ranks, words) in [(1, "not measured"), (2, "so were its collectives")] {
+        let done = if ranks == 1 { dunlearn(&arguments) } else { mpirun(ranks, &arguments) };
+        assert!(done.success, "{}", done.text);
+        let start = done.text.find('{').unwrap();
+        let plans: Vec<serde_json::Value> =
+            serde_json::Deserializer::from_str(&done.text[start..]).into_iter().map_while(Result::ok).collect();
+        assert_eq!(plans.len(), 1, "{}", done.text);
+        assert!(plans[0]["step"]["seconds"].as_f64().unwrap() > 0.0, "{}", done.text);
+        assert!(plans[0]["step"]["tp_traffic"].as_f64().unwrap() > 0.0, "{}", done.text);
+        assert!(plans[0]["assumptions"].to_string().contains(words), "{}", done.text);
     }
 }
 
