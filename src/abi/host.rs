@@ -17,6 +17,18 @@ pub fn keep_freed_memory() {
     }
 }
 
+/// Allows this process as many open files as the system lets it: a checkpoint of a thousand ranks has a thousand files.
+pub fn raise_open_files() {
+    // SAFETY: the limits are plain old data, filled by the first call and read by the second.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
+
 /// Gives freed memory that was kept back to the system.
 pub fn give_back_freed_memory() {
     #[cfg(target_env = "gnu")]

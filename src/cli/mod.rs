@@ -28,7 +28,7 @@ use std::time::Instant;
 use arguments::{Arguments, BenchVerb, ConfigVerb, DataVerb, Verb};
 use clap::Parser;
 
-use crate::abi::signals;
+use crate::abi::{host, signals};
 use crate::checkpoint::write_random;
 use crate::config;
 use crate::data::{small_model, synth};
@@ -41,6 +41,7 @@ pub const EXIT_REFUSED: u8 = Code::Refused.number();
 /// Parses the command line and runs it.
 pub fn main() -> ExitCode {
     let started = Instant::now();
+    host::raise_open_files();
     let launched = launch::Launched::from_lookup(|name| std::env::var(name).ok());
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
