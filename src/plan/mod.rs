@@ -294,6 +294,8 @@ impl<'a> Job<'a> {
         let per_epoch = self.anchors.samples.len().div_ceil(config.train.global_batch);
         let seen = steps.min(per_epoch).min((MOST / mesh.dp).max(4));
         let mut plan: Option<Plan> = None;
+        // a rank's bytes of a checkpoint at most, and those of one rank of each copy
+        let mut saved = (0, 0);
         let mut slowest = vec![Seconds::default(); seen];
         for dp_rank in 0..mesh.dp {
             let at = Mesh { rank: dp_rank * mesh.tp, ..mesh };
@@ -317,7 +319,7 @@ impl<'a> Job<'a> {
                 let trained =
                     rank.table.params.iter().filter(|param| param.class != crate::model::sharding::Class::Frozen);
                 let trained: usize = trained.map(|param| param.num_elements() as usize).sum();
-                let found = (t.calls, t.operations, t.repeated, tokens, micro_batches, mine, snapshot, trained);
+                let found = (t.calls, t.operations, t.repeated, tokens, micro_batches, mine, trained);
                 (t.peak, state, scoring, seconds, found)
             })?;
             for (slowest, seconds) in slowest.iter_mut().zip(steps_seen) {
@@ -325,7 +327,8 @@ impl<'a> Job<'a> {
                     *slowest = seconds;
                 }
             }
-            let (calls, operations, repeated, tokens, micro_batches, mine, snapshot, trained) = found;
+            let (calls, operations, repeated, tokens, micro_batches, mine, trained) = found;
+            saved = (mine.max(saved.0), saved.1 + mine);
             if plan.as_ref().is_none_or(|plan| peak.total() > plan.peak.total()) {
                 let each = |x: f64| x / seen as f64;
                 let mut traffic = summarise(&calls);
@@ -357,14 +360,16 @@ impl<'a> Job<'a> {
                     seen,
                     scoring_seconds: scoring,
                     saves: (steps - 1).checked_div(config.checkpoint.every).unwrap_or(0),
-                    checkpoint: (mine, mine * mesh.world() as u64),
-                    snapshot,
+                    checkpoint: (0, 0),
+                    snapshot: 0,
                     export: if config.export.model { self.arch.num_parameters() as u64 * stored } else { 0 },
                     legal_tp: self.arch.legal_tp(),
                 });
             }
         }
         let mut plan = plan.expect("invariant: a mesh has a rank");
+        plan.checkpoint = (saved.0, saved.1 * mesh.tp as u64);
+        plan.snapshot = if self.copies_for_saves() { saved.0 } else { 0 };
         for seconds in &slowest {
             plan.seconds.add(seconds, 1.0 / seen as f64);
         }
@@ -372,14 +377,16 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Bytes of one rank's file of a checkpoint: copies that hold the same share its writing.
+/// Bytes of one rank's file of a checkpoint: copies that hold the same buckets save them in turn.
 fn saved_bytes(rank: &Rank) -> u64 {
-    let buckets = &rank.layout.buckets;
-    let own: usize = buckets.iter().map(|bucket| bucket.own.len()).sum();
-    let moments = Optimizer::planned_bytes(&rank.config.optimizer, &rank.table, &rank.layout, rank.chosen);
-    let held = 4 * own + if rank.config.checkpoint.save_optimizer { moments } else { 0 };
-    let sharded = buckets.iter().any(|bucket| bucket.own.len() < bucket.len);
-    (held / if sharded { 1 } else { rank.mesh.dp }) as u64
+    let mut layout = rank.layout.clone();
+    if layout.buckets.iter().all(|bucket| bucket.own.len() == bucket.len) {
+        let (dp, own) = (rank.mesh.dp, rank.mesh.dp_rank());
+        layout.buckets = layout.buckets.into_iter().skip(own).step_by(dp).collect();
+    }
+    let own: usize = layout.buckets.iter().map(|bucket| bucket.own.len()).sum();
+    let moments = Optimizer::planned_bytes(&rank.config.optimizer, &rank.table, &layout, rank.chosen);
+    (4 * own + if rank.config.checkpoint.save_optimizer { moments } else { 0 }) as u64
 }
 
 /// Of what is trained, the share that `names` say may change.
