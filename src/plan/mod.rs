@@ -385,7 +385,7 @@ fn saved_bytes(rank: &Rank) -> u64 {
         layout.buckets = layout.buckets.into_iter().skip(own).step_by(dp).collect();
     }
     let own: usize = layout.buckets.iter().map(|bucket| bucket.own.len()).sum();
-    let moments = Optimizer::planned_bytes(&rank.config.optimizer, &rank.table, &layout, rank.chosen);
+    let moments = Optimizer::planned_look(&rank.config.optimizer, &rank.table, &layout, rank.chosen);
     (4 * own + if rank.config.checkpoint.save_optimizer { moments } else { 0 }) as u64
 }
 

@@ -140,6 +140,21 @@ impl Optimizer {
         each.sum()
     }
 
+    /// What [`Self::look`] would show, in bytes: where only some may change, each element of a segment is a number, and its scale another.
+    pub fn planned_look(config: &config::Optimizer, table: &Table, layout: &Layout, chosen: Option<f64>) -> usize {
+        if chosen.is_none() {
+            return Self::planned_bytes(config, table, layout, None);
+        }
+        let numbers = match config.name {
+            config::OptimizerName::Adamw if config.state_dtype == Some(config::StateDtype::Int8) => 4,
+            config::OptimizerName::Adamw => 2,
+            config::OptimizerName::Sgd if config.momentum.unwrap_or(config::Optimizer::MOMENTUM) > 0.0 => 1,
+            config::OptimizerName::Sgd => 0,
+        };
+        let segments = layout.buckets.iter().flat_map(|bucket| bucket.segments(table));
+        segments.map(|segment| 4 * numbers * segment.own.len()).sum()
+    }
+
     /// Begins a step.
     pub fn begin(&mut self) {
         self.steps += 1;
