@@ -20,7 +20,7 @@ const TICK: Duration = Duration::from_millis(250);
 /// A wait counts at most this much a look: a process that was stopped has not waited.
 const LONGEST_TICK: Duration = Duration::from_secs(1);
 /// How long a rank whose deadline has passed waits for the others' records.
-const GATHERING: Duration = Duration::from_secs(3);
+const GATHERING: Duration = Duration::from_secs(2);
 /// How long a rank lives on after another has failed, should nothing else end it.
 const GRACE: Duration = Duration::from_secs(5);
 /// A file in the run folder that asks all ranks for their records.

@@ -223,7 +223,13 @@ impl RunFolder {
 
     /// Opens `metrics.jsonl` on the first rank and writes its first line: what runs, on what.
     /// A run that goes on keeps the lines up to its step.
-    pub fn metrics(&self, config: &Config, context: &Context, start: Start) -> Result<(Metrics, Past), RunError> {
+    pub fn metrics(
+        &self,
+        config: &Config,
+        context: &Context,
+        start: Start,
+        forced: &[String],
+    ) -> Result<(Metrics, Past), RunError> {
         let world = &context.world;
         let path = self.path.join("metrics.jsonl");
         let past = match start {
@@ -248,6 +254,7 @@ impl RunFolder {
             "device": context.about_device,
             "threads": tch::get_num_threads(),
             "resumed_after_step": resumed,
+            "force_resume": forced,
         }))?;
         Ok((metrics, past))
     }

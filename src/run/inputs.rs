@@ -222,9 +222,14 @@ impl Inputs {
     /// What decides what a run computes besides its configuration: digests of the model (`identity`) and of the data, by name.
     pub fn digests(&self, identity: &str) -> Vec<(String, String)> {
         let model = ("model".to_owned(), identity.to_owned());
+        [vec![model], self.data_digests()].concat()
+    }
+
+    /// Those of the data sets alone.
+    pub fn data_digests(&self) -> Vec<(String, String)> {
         let retain = self.retain.as_ref().map(|set| ("data.retain".to_owned(), set.digest.clone()));
         let anchors = (format!("data.{}", self.anchors_name), self.anchors.digest.clone());
-        [Some(model), Some(anchors), retain].into_iter().flatten().collect()
+        [Some(anchors), retain].into_iter().flatten().collect()
     }
 
     /// All sets that are evaluated, by name.

@@ -36,7 +36,7 @@ use serde_json::json;
 use tch::{Device, Kind};
 
 use crate::abi::{host, signals};
-use crate::checkpoint::{CheckpointError, ExportOptions, Folder, Store, export, export_adapter};
+use crate::checkpoint::{CheckpointError, ExportOptions, Folder, Saved, Store, export, export_adapter};
 use crate::config::{self, Config};
 use crate::data::{RowsOf, Stream};
 use crate::dist::{Phase, World};
@@ -105,10 +105,14 @@ pub fn run(config: &Config, context: Context) -> Result<Outcome, RunError> {
     tell_devices(&context);
     tracing::debug!("{mesh}");
     let mut inputs = Inputs::read(config, world)?;
-    // nothing of an earlier run is touched before the new one's inputs are known to be good
+    // nothing of an earlier run is touched before the new one's inputs are known to be good, and to be those of what it goes on from
+    let forced = match start {
+        Start::New => Vec::new(),
+        Start::Resume(step) => allowed(&newest(config, step)?, config, &inputs.data_digests(), context.force_resume)?,
+    };
     let folder = RunFolder::create(config, &context, start)?;
     folder.watch(&context);
-    let (mut metrics, past) = folder.metrics(config, &context, start)?;
+    let (mut metrics, past) = folder.metrics(config, &context, start, &forced)?;
     if config.method.objective.is_weight_space() {
         return subspace::run(config, inputs, &folder, &mut metrics, &context, &stages, &faults);
     }
@@ -299,6 +303,33 @@ pub enum Outcome {
     Stopped,
 }
 
+const MOVE_AWAY: &str = "move the folder away to go on from an older checkpoint, or start anew with --overwrite";
+
+/// The checkpoint that a run goes on from.
+fn newest(config: &Config, step: usize) -> Result<Saved, RunError> {
+    let store = Store::of_run(&config.run.dir);
+    store.open(step).map_err(|error| RunError::Refused(format!("{error}. This is the newest checkpoint; {MOVE_AWAY}")))
+}
+
+/// What a run that goes on overrides, in words.
+///
+/// # Errors
+/// Differences that nobody has allowed: the first ones of them.
+fn allowed(saved: &Saved, config: &Config, digests: &[(String, String)], force: bool) -> Result<Vec<String>, RunError> {
+    const TOLD: usize = 8;
+    let differences = resume::differences(saved, config, digests);
+    if differences.is_empty() || force {
+        return Ok(differences);
+    }
+    let others = match differences.len().saturating_sub(TOLD) {
+        0 => String::new(),
+        others => format!("; and {others} more"),
+    };
+    let (path, told) = (saved.folder.display(), differences[..differences.len().min(TOLD)].join("; "));
+    let advice = "undo that, start anew with --overwrite, or go on all the same with --force-resume";
+    Err(RunError::Refused(format!("{path}: {told}{others}; {advice}")))
+}
+
 /// Takes the state of the checkpoint after `step`. All ranks call it.
 ///
 /// # Errors
@@ -311,18 +342,9 @@ fn restore(
     context: &Context,
 ) -> Result<(), RunError> {
     let world = &context.world;
-    let saved = Store::of_run(&config.run.dir).open(step)?;
+    let saved = newest(config, step)?;
     let path = saved.folder.display();
-    let differences = resume::differences(&saved, config, digests);
-    if let Some(difference) = differences.first().filter(|_| !context.force_resume) {
-        let others = match differences.len() - 1 {
-            0 => String::new(),
-            others => format!(" (and {others} more)"),
-        };
-        let advice = "undo that, start anew with --overwrite, or go on all the same with --force-resume";
-        return Err(RunError::Refused(format!("{path}: {difference}{others}; {advice}")));
-    }
-    for difference in differences {
+    for difference in allowed(&saved, config, digests, context.force_resume)? {
         tracing::warn!("--force-resume: {path}: {difference}");
     }
     let mine =
@@ -330,13 +352,14 @@ fn restore(
     let all = world.world.gather_bytes(mine.as_bytes());
     if let Some(words) = all.iter().find(|words| !words.is_empty()) {
         let words = String::from_utf8_lossy(words);
-        let advice = "move the folder away to go on from an older checkpoint, or start anew with --overwrite";
-        return Err(RunError::Refused(format!("{words}. This is the newest checkpoint, {path}; {advice}")));
+        return Err(RunError::Refused(format!("{words}. This is the newest checkpoint, {path}; {MOVE_AWAY}")));
     }
     let files = saved.state()?;
     files.check_coverage()?;
     if !trainer.restore(&files, saved.manifest.optimizer_steps, world)? {
-        tracing::warn!("{path} holds no state of the optimizer: its moments and their count start anew");
+        let holds =
+            if files.whats().len() > 1 { "not what this optimizer remembers" } else { "no state of the optimizer" };
+        tracing::warn!("{path} holds {holds}: its moments and their count start anew");
     }
     trainer.method.restore(&saved.manifest.method).map_err(RunError::Refused)?;
     tracing::info!("going on after step {step}, from {}", saved.folder.display());

@@ -96,7 +96,7 @@ fn compare(key: &str, before: &Value, now: &Value, found: &mut Vec<(String, Stri
         }
         return;
     }
-    let text = |value: &Value| if value.is_null() { "nothing".to_owned() } else { value.to_string() };
+    let text = |value: &Value| if value.is_null() { "(not set)".to_owned() } else { value.to_string() };
     found.push((key.to_owned(), text(before), text(now)));
 }
 
@@ -166,7 +166,7 @@ mod tests {
         let other = json(r#"{"run":{"dir":"b","seed":0},"parallel":{"tp":8},"train":{"steps":9,"precision":"f32"}}"#);
         compare("", &before, &other, &mut found);
         let words = |key: &str, before: &str, now: &str| (key.to_owned(), before.to_owned(), now.to_owned());
-        assert_eq!(found, [words("train.epochs", "3", "nothing"), words("train.steps", "nothing", "9")]);
+        assert_eq!(found, [words("train.epochs", "3", "(not set)"), words("train.steps", "(not set)", "9")]);
     }
 
     #[test]

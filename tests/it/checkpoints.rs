@@ -534,7 +534,7 @@ fn what_does_not_belong_is_refused() {
     std::fs::write(&path, dunlearn_digest(&led_out)).unwrap();
     refused("a name that leads out, signed", &["\"../x.safetensors\"; expected a file name without a folder"]);
     std::fs::remove_file(&path).unwrap();
-    refused("no sign of completeness", &["COMPLETE", "No such file"]);
+    refused("no sign of completeness", &["COMPLETE", "No such file", "move the folder away"]);
 
     // what only reads a checkpoint refuses damage too
     let mut flipped = first.1.clone();
@@ -576,16 +576,34 @@ fn what_does_not_belong_is_refused() {
             ["--config", &config].into_iter().chain(set.iter().flat_map(|s| ["--set", s])).collect();
         dunlearn(&arguments).text
     };
+    let folder = || {
+        ["config.toml", "metrics.jsonl", "status.json"]
+            .map(|name| std::fs::read(workshop.path("run").join(name)).unwrap())
+    };
+    let before = folder();
     let text = other(&["optimizer.lr=0.5"]);
+    assert!(folder() == before, "a refusal leaves the run as it was");
     assert!(text.contains("optimizer.lr: the checkpoint was made with 0.001, this configuration says 0.5"), "{text}");
     assert!(text.contains("--force-resume"), "{text}");
     let text = other(&["run.seed=4"]);
-    assert!(text.contains("model: the checkpoint was made with digest"), "a random start has another model: {text}");
+    assert!(text.contains("run.seed: the checkpoint was made with"), "{text}");
     let data = workshop.path("data/retain.jsonl").display().to_string();
     let text = other(&[&format!("data.forget.path={data}"), "method.retain=none", "method.objective=ga"]);
     assert!(text.contains("data.forget: the checkpoint was made with digest"), "{text}");
-    let forced =
-        dunlearn(&["--config", &config, "--force-resume", "--set", "optimizer.lr=2e-3", "--set", "method.beta=0.2"]);
+    let forced = dunlearn(&[
+        "--config",
+        &config,
+        "--force-resume",
+        "--set",
+        "optimizer.lr=2e-3",
+        "--set",
+        "method.beta=0.2",
+        "--set",
+        "run.seed=4",
+    ]);
+    assert!(forced.text.contains("model: the checkpoint was made with digest"), "a random start: {}", forced.text);
+    let metrics = std::fs::read_to_string(workshop.path("run/metrics.jsonl")).unwrap();
+    assert!(metrics.contains("\"force_resume\":[\"method.beta: "), "{metrics}");
     assert!(forced.text.contains("method.beta: the checkpoint was made with"), "every difference: {}", forced.text);
     assert!(forced.success && forced.text.contains("--force-resume: "), "{}", forced.text);
     assert!(forced.text.contains("optimizer.lr: the checkpoint was made with"), "{}", forced.text);
