@@ -1,7 +1,7 @@
 //! Matrix products in the precision of their operands: `[m, k] x [k, n]`, or batches of them.
 //!
 //! libtorch multiplies bf16 on CPUs by oneDNN where the instructions are there (AVX-512, or bf16 on Arm), and otherwise in a loop of
-//! one thread that is a hundred times slower than f32. There the operands are widened, multiplied in f32, and the product is rounded
+//! one thread, an order of magnitude slower than f32. There the operands are widened, multiplied in f32, and the product is rounded
 //! once: the numbers are those of the instructions but for the order of the sums. Costs a copy of the operands in f32.
 
 use std::sync::OnceLock;
