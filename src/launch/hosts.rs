@@ -107,9 +107,6 @@ pub fn expand_nodes(text: &str) -> Result<Vec<String>, String> {
             made = made.iter().flat_map(|name| numbers.iter().map(move |n| format!("{name}{before}{n}"))).collect();
             rest = behind;
         }
-        if rest.contains(']') {
-            return Err(format!("{piece:?}: `]` without `[`"));
-        }
         names.extend(made.into_iter().map(|name| name + rest));
         if names.len() > MOST_NODES {
             return Err(format!("more than {MOST_NODES} hosts"));
@@ -146,6 +143,7 @@ fn split_outside_brackets(text: &str) -> Result<Vec<&str>, String> {
         match c {
             '[' if inside => return Err(format!("{text:?}: `[` inside `[`")),
             '[' => inside = true,
+            ']' if !inside => return Err(format!("{text:?}: `]` without `[`")),
             ']' => inside = false,
             ',' if !inside => {
                 pieces.push(&text[start..at]);
@@ -205,6 +203,7 @@ mod tests {
             "",
             "n[1-3",
             "n1-3]",
+            "][0]",
             "n[3-1]",
             "n[a]",
             "n[]",
