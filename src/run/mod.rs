@@ -357,9 +357,11 @@ fn restore(
     let files = saved.state()?;
     files.check_coverage()?;
     if !trainer.restore(&files, saved.manifest.optimizer_steps, world)? {
-        let holds =
-            if files.whats().len() > 1 { "not what this optimizer remembers" } else { "no state of the optimizer" };
-        tracing::warn!("{path} holds {holds}: its moments and their count start anew");
+        let lacks = match files.whats().len() {
+            0 | 1 => "holds no state of the optimizer",
+            _ => "does not hold what this optimizer remembers",
+        };
+        tracing::warn!("{path} {lacks}: its moments and their count start anew");
     }
     trainer.method.restore(&saved.manifest.method).map_err(RunError::Refused)?;
     tracing::info!("going on after step {step}, from {}", saved.folder.display());

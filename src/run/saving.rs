@@ -116,7 +116,8 @@ impl Saver {
         }
         if wish.more && self.config.background {
             self.snapshot.prepare(|| trainer.state_sizes(world.mesh, self.config.save_optimizer));
-        } else if self.open.is_none() {
+        } else if self.open.is_none() && !wish.save && !wish.stop {
+            // the last save has used it
             self.snapshot = Snapshot::default();
         }
         if wish.save || wish.stop {
